@@ -1,0 +1,116 @@
+"""The public API: every name is imported from its module when it is first used, so importing this stays cheap."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retrieval_kd.artifact import Artifact
+    from retrieval_kd.data.collection import Collection
+    from retrieval_kd.data.run import Run
+    from retrieval_kd.data.scores import Scores
+    from retrieval_kd.data.sources import make_collection
+    from retrieval_kd.data.vectors import Vectors
+    from retrieval_kd.errors import (
+        ArtifactError,
+        DataError,
+        InputError,
+        MissingExtraError,
+        OutputExistsError,
+        RecipeError,
+        RetrievalKDError,
+        UsageError,
+    )
+    from retrieval_kd.eval.evaluate import evaluate
+    from retrieval_kd.eval.report import Report
+    from retrieval_kd.indexes.base import Index
+    from retrieval_kd.indexes.build import build_index
+    from retrieval_kd.models.encode import encode
+    from retrieval_kd.models.load import Model
+    from retrieval_kd.pipeline import run_pipeline
+    from retrieval_kd.search.run import search_run
+    from retrieval_kd.search.searcher import Hit, Searcher
+    from retrieval_kd.students.train import train
+    from retrieval_kd.teachers.score import score
+    from retrieval_kd.verify import check
+
+__all__ = [
+    "Artifact",
+    "ArtifactError",
+    "Collection",
+    "DataError",
+    "Hit",
+    "Index",
+    "InputError",
+    "MissingExtraError",
+    "Model",
+    "OutputExistsError",
+    "RecipeError",
+    "Report",
+    "RetrievalKDError",
+    "Run",
+    "Scores",
+    "Searcher",
+    "UsageError",
+    "Vectors",
+    "build_index",
+    "check",
+    "encode",
+    "evaluate",
+    "make_collection",
+    "run_pipeline",
+    "score",
+    "search_run",
+    "train",
+]
+
+_HOMES = {
+    "artifact": ("Artifact",),
+    "data.collection": ("Collection",),
+    "data.run": ("Run",),
+    "data.scores": ("Scores",),
+    "data.sources": ("make_collection",),
+    "data.vectors": ("Vectors",),
+    "errors": (
+        "ArtifactError",
+        "DataError",
+        "InputError",
+        "MissingExtraError",
+        "OutputExistsError",
+        "RecipeError",
+        "RetrievalKDError",
+        "UsageError",
+    ),
+    "eval.evaluate": ("evaluate",),
+    "eval.report": ("Report",),
+    "indexes.base": ("Index",),
+    "indexes.build": ("build_index",),
+    "models.encode": ("encode",),
+    "models.load": ("Model",),
+    "pipeline": ("run_pipeline",),
+    "search.run": ("search_run",),
+    "search.searcher": ("Hit", "Searcher"),
+    "students.train": ("train",),
+    "teachers.score": ("score",),
+    "verify": ("check",),
+}
+_MODULE_OF = {name: f"retrieval_kd.{module}" for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """The public object ``name``, imported now."""
+    if name == "__version__":
+        from importlib import metadata
+
+        try:
+            return metadata.version("retrieval-kd")
+        except metadata.PackageNotFoundError:
+            return "0+not.installed"
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'retrieval_kd' has no attribute '{name}'")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
