@@ -1,0 +1,1 @@
+"""Collections, runs, score files and vectors: what stages read and write."""

@@ -1,0 +1,192 @@
+"""The score file: Parquet shards with one row a query, holding a teacher's raw scores and nothing derived from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from retrieval_kd.artifact import Artifact, write_atomically
+from retrieval_kd.errors import ArtifactError, RetrievalKDError, first
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+STATISTICS_KEY = b"retrieval_kd"
+
+
+class ScoredQuery(NamedTuple):
+    """One row: a query, the documents its teacher scored, and their raw scores (float32, higher is better)."""
+
+    query_id: str
+    doc_ids: list[str]
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class ScoreArrays:
+    """A score file as flat arrays: query i owns ``rows[offsets[i]:offsets[i+1]]`` and the same slice of ``scores``."""
+
+    query_ids: list[str]
+    offsets: np.ndarray
+    doc_ids: list[str]
+    scores: np.ndarray
+
+
+class Scores(Artifact):
+    """A finished score file."""
+
+    kind = "scores"
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        """The shard files, in order."""
+        return [self.path / name for name in sorted(self.manifest.files) if name.endswith(".parquet")]
+
+    @property
+    def score_kind(self) -> str:
+        """What a score is: ``logit``, ``cosine`` or ``dot``."""
+        return str(self.manifest.details["score_kind"])
+
+    def __len__(self) -> int:
+        return self.manifest.counts["queries"]
+
+    def __iter__(self) -> Iterator[ScoredQuery]:
+        for shard in self.shards:
+            table = read_shard(shard)
+            for query_id, doc_ids, scores in zip(
+                table["query_id"].to_pylist(), table["doc_ids"].to_pylist(), table["scores"], strict=True
+            ):
+                yield ScoredQuery(query_id, doc_ids, scores.values.to_numpy(zero_copy_only=False))
+
+    def arrays(self) -> ScoreArrays:
+        """The whole file as flat arrays."""
+        query_ids: list[str] = []
+        doc_ids: list[str] = []
+        lengths: list[int] = []
+        scores = []
+        for row in self:
+            query_ids.append(row.query_id)
+            doc_ids += row.doc_ids
+            lengths.append(len(row.doc_ids))
+            scores.append(row.scores)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return ScoreArrays(query_ids, offsets, doc_ids, np.concatenate(scores).astype(np.float32))
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, what a score is and who gave it, and the distribution of the scores."""
+        values = np.concatenate([row.scores for row in self])
+        spreads = np.array([float(row.scores.max() - row.scores.min()) for row in self])
+        tied = sum(len(row.scores) - len(np.unique(row.scores)) for row in self)
+        quantiles = np.quantile(values, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
+        return {
+            **self.manifest.counts,
+            **self.manifest.details,
+            "scores": {
+                "mean": float(values.mean()),
+                "std": float(values.std()),
+                **{f"p{q:g}": float(v) for q, v in zip([0, 5, 25, 50, 75, 95, 100], quantiles, strict=True)},
+            },
+            "mean_spread_per_query": float(spreads.mean()),
+            "tied_scores": int(tied),
+        }
+
+    def problems(self) -> list[str]:
+        """Duplicate queries or documents, scores that are not finite, lists of unequal length, wrong counts."""
+        found: list[str] = []
+        seen: set[str] = set()
+        pairs = 0
+        for row in self:
+            pairs += len(row.doc_ids)
+            if row.query_id in seen:
+                found.append(f"query {row.query_id!r} has two rows")
+            seen.add(row.query_id)
+            if len(row.doc_ids) != len(row.scores):
+                found.append(f"query {row.query_id!r}: {len(row.doc_ids)} documents but {len(row.scores)} scores")
+            elif not np.isfinite(row.scores).all():
+                found.append(f"query {row.query_id!r}: a score is NaN or infinite")
+            if len(set(row.doc_ids)) != len(row.doc_ids):
+                found.append(f"query {row.query_id!r}: a document is scored twice")
+        for name, value in (("queries", len(seen)), ("pairs", pairs)):
+            if self.manifest.counts.get(name) != value:
+                found.append(f"the manifest counts {self.manifest.counts.get(name)} {name}, the shards hold {value}")
+        return found
+
+
+def schema() -> pa.Schema:
+    """The columns of a shard."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [("query_id", pa.string()), ("doc_ids", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))]
+    )
+
+
+def write_shard(
+    path: Path,
+    query_ids: Sequence[str],
+    doc_ids: Sequence[Sequence[str]],
+    scores: Sequence[np.ndarray],
+    statistics: dict[str, int],
+) -> None:
+    """Writes one shard whole or not at all. The same rows give the same bytes.
+
+    ``statistics`` (truncation counts) travel in the file, so that a resumed run can add them up.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    _refuse_bad_scores(query_ids, doc_ids, scores)
+    table = pa.table(
+        [
+            pa.array(query_ids, pa.string()),
+            pa.array([list(ids) for ids in doc_ids], pa.list_(pa.string())),
+            pa.array([np.asarray(values, dtype=np.float32) for values in scores], pa.list_(pa.float32())),
+        ],
+        schema=schema().with_metadata({STATISTICS_KEY: json.dumps(statistics, sort_keys=True).encode()}),
+    )
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def read_shard(path: Path) -> pa.Table:
+    """A shard's table, its page checksums verified. Raises `ArtifactError` when the file is damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ArtifactError(f"{path}: damaged score shard ({str(error).splitlines()[0]})") from error
+    if table.schema.remove_metadata() != schema():
+        raise ArtifactError(f"{path}: not a score shard (columns {', '.join(table.column_names)})")
+    return table
+
+
+def shard_statistics(table: pa.Table) -> dict[str, int]:
+    """The statistics `write_shard` put into the file."""
+    statistics: dict[str, int] = json.loads(table.schema.metadata[STATISTICS_KEY])
+    return statistics
+
+
+def _refuse_bad_scores(
+    query_ids: Sequence[str], doc_ids: Sequence[Sequence[str]], scores: Sequence[np.ndarray]
+) -> None:
+    bad: list[str] = []
+    for query_id, ids, values in zip(query_ids, doc_ids, scores, strict=True):
+        if len(ids) != len(values):
+            raise RetrievalKDError(
+                f"the teacher gave {len(values)} scores for the {len(ids)} candidates of query {query_id!r}"
+            )
+        bad += [f"{query_id}/{ids[i]}" for i in np.flatnonzero(~np.isfinite(values)).tolist()]
+    if bad:
+        raise RetrievalKDError(
+            f"the teacher gave NaN or infinite scores for {len(bad)} (query/document) pairs: {first(bad)}; "
+            "nothing of this shard was written; finished shards are kept (try float32 weights or another checkpoint)"
+        )
