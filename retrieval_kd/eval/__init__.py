@@ -1,0 +1,1 @@
+"""Evaluation: measures, tests, efficiency and the report."""
