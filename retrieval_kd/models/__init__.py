@@ -1,0 +1,1 @@
+"""Loading a model by any name and running it over texts."""
