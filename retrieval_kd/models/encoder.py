@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,10 +51,11 @@ class DenseEncoder:
     @classmethod
     def load(cls, spec: str | Path, *, revision: str | None = None) -> DenseEncoder:
         """The encoder called ``spec`` (see `find_model`) on the GPU where there is one, else on the CPU."""
+        source = find_model(spec, revision)
         from sentence_transformers import SentenceTransformer
 
-        source = find_model(spec, revision)
-        return cls(source, SentenceTransformer(str(source.path)))
+        with quiet_loading():
+            return cls(source, SentenceTransformer(str(source.path)))
 
     def ref(self) -> InputRef:
         """The model as an artifact's input."""
@@ -100,6 +102,20 @@ class DenseEncoder:
         first: Any = self.model[0]
         special = getattr(first, f"{task}_length", None)
         return int(special or self.model.max_seq_length or 2**31 - 1)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Hides the progress bars that transformers draws while it loads or saves weights."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def token_lengths(tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[int]:

@@ -31,6 +31,6 @@ def keep_layers(network: Any, layers: Sequence[int]) -> None:
     stack = getattr(parent, name)
     setattr(parent, name, ModuleList([stack[layer] for layer in layers]))
     network.config.num_hidden_layers = len(layers)
-    for key in ("layer_types",):
-        if getattr(network.config, key, None):
-            setattr(network.config, key, [getattr(network.config, key)[layer] for layer in layers])
+    types = getattr(network.config, "layer_types", None)
+    if types:
+        network.config.layer_types = [types[layer] for layer in layers]

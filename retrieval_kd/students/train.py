@@ -168,13 +168,16 @@ def _steps(recipe: StudentRecipe, queries: int) -> int:
 
 
 def _train(student: Student, collection: Collection, inputs: _Inputs, draft: Draft) -> None:
+    from retrieval_kd.models.encoder import quiet_loading
+
     recipe = inputs.recipe
-    model = student.start()
     seconds = 0.0
     parameters: dict[str, float] = {}
-    if recipe.steps != 0:
-        model, parameters, seconds = _fit(student, model, collection, inputs, draft)
-    model.save_pretrained(str(draft.path))
+    with quiet_loading():
+        model = student.start()
+        if recipe.steps != 0:
+            model, parameters, seconds = _fit(student, model, collection, inputs, draft)
+        model.save_pretrained(str(draft.path))
     draft.details.update(
         {"training_seconds": round(seconds, 1), "parameters": sum(p.numel() for p in model.parameters())}
     )

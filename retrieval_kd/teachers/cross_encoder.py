@@ -10,7 +10,7 @@ from pydantic import Field
 
 from retrieval_kd.artifact import InputRef
 from retrieval_kd.errors import InputError
-from retrieval_kd.models.encoder import token_lengths
+from retrieval_kd.models.encoder import quiet_loading, token_lengths
 from retrieval_kd.models.load import find_model
 from retrieval_kd.teachers.base import Candidates, Teacher, TeacherRecipe
 
@@ -30,10 +30,11 @@ class CrossEncoderTeacher(Teacher):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
+        self.source = find_model(recipe.model, recipe.revision)
         from sentence_transformers import CrossEncoder
 
-        self.source = find_model(recipe.model, recipe.revision)
-        self.model = CrossEncoder(str(self.source.path), max_length=recipe.max_length)
+        with quiet_loading():
+            self.model = CrossEncoder(str(self.source.path), max_length=recipe.max_length)
         if self.model.num_labels != 1:
             raise InputError(
                 f"model '{self.source.name}' has {self.model.num_labels} outputs; a cross-encoder teacher has one "
