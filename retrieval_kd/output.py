@@ -91,10 +91,14 @@ def show_made(paths: Mapping[str, Path], as_json: bool) -> None:
         from retrieval_kd.eval.report import Report, report_table
 
         for name in reports:
-            print_rich(report_table(Report.load(paths[name])))
+            report = Report.load(paths[name])
+            print_rich(report_table(report))
+            for sentence in report.sentences:
+                typer.echo(sentence)
         typer.echo(f"The report: {paths[reports[-1]] / 'report.html'}")
     if indexes:
-        typer.echo(f"To search: retrieval-kd search {paths[indexes[-1]]} 'your question'")
+        searched = paths["index" if "index" in indexes else indexes[-1]]
+        typer.echo(f"To search: retrieval-kd search {searched} 'your question'")
 
 
 def show_hits(hits: Sequence[Hit], as_json: bool) -> None:

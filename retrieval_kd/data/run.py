@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_kd.artifact import Artifact, InputRef, Manifest, Plan, file_sha256
+from retrieval_kd.artifact import Artifact, InputRef, Manifest, Plan, file_sha256, is_artifact, resolve
 from retrieval_kd.data.trec import read_trec_run, write_trec_run
 from retrieval_kd.errors import DataError, OutputExistsError, UsageError
 
@@ -68,11 +68,14 @@ class Run:
     def load(cls, path: str | Path) -> Run:
         """The run at ``path``: an artifact's directory, or a file in the 6-column TREC form.
 
+        A score file is a run as well: its teacher's own ranking of the candidates.
         Of a TREC file the ranks are ignored; of an artifact they must follow score and document id. Raises
         `DataError` for a score that is not finite, a document that a query has twice, or a wrong rank.
         """
         path = Path(path)
         if not path.is_file():
+            if is_artifact(path) and Manifest.read(resolve(path)).artifact == "scores":
+                return _teachers_ranking(path)
             artifact = RunArtifact.load(path)
             run = _read_artifact(artifact)
             run.path, run.manifest = artifact.path, artifact.manifest
@@ -235,4 +238,14 @@ def _read_artifact(artifact: RunArtifact) -> Run:
         raise DataError(
             f"{place(int(np.argmax(wrong)))}: rank does not follow score and document id ({int(wrong.sum())} such rows)"
         )
+    return run
+
+
+def _teachers_ranking(path: Path) -> Run:
+    from retrieval_kd.data.scores import Scores
+
+    scores = Scores.load(path)
+    rows = list(scores)
+    run = Run.from_hits([row.query_id for row in rows], [row.doc_ids for row in rows], [row.scores for row in rows])
+    run.path, run.manifest = scores.path, scores.manifest
     return run

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from retrieval_kd.artifact import Artifact, InputRef, Plan
-from retrieval_kd.errors import UsageError
+from retrieval_kd.errors import ArtifactError, UsageError
 
 
 class Vectors(Artifact):
@@ -50,6 +50,14 @@ class Vectors(Artifact):
         entry = self.manifest.inputs["model"]
         path = Path(entry["absolute"]) if "absolute" in entry else None
         return InputRef(entry["fingerprint"], path, entry.get("name"))
+
+    def check_rows(self, ids: Any) -> None:
+        """Raises `ArtifactError` unless row i is ``ids[i]`` (Arrow strings: a collection's ids in row order)."""
+        if self.ids != ids.to_pylist():
+            raise ArtifactError(
+                f"{self.path}: its {len(self.ids):,} rows are not the collection's {len(ids):,} documents in their "
+                "order; encode the collection again"
+            )
 
     def problems(self) -> list[str]:
         """Rows without an id, or values that are not finite."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from retrieval_kd.errors import RecipeError
+from retrieval_kd.errors import RecipeError, first
 
 
 def keep_layers(network: Any, layers: Sequence[int]) -> None:
     """Keeps only ``layers`` (counted from 0, in the given order) of a transformers encoder, in place.
 
-    Raises `RecipeError` for a layer the model does not have, or a model whose stack of layers is not found.
+    Raises `RecipeError` for a layer the model does not have, a model whose stack of layers is not found, or a choice
+    that its architecture cannot load again (ModernBERT builds its first layer differently: keep 0 in front).
     """
+    import torch
     from torch.nn import ModuleList
 
     depth = int(network.config.num_hidden_layers)
@@ -34,3 +36,10 @@ def keep_layers(network: Any, layers: Sequence[int]) -> None:
     types = getattr(network.config, "layer_types", None)
     if types:
         network.config.layer_types = [types[layer] for layer in layers]
+    with torch.device("meta"):
+        rebuilt = type(network)(network.config).state_dict().keys()
+    if differing := sorted(rebuilt ^ network.state_dict().keys()):
+        raise RecipeError(
+            f"layers: {list(layers)}: {type(network).__name__} cannot be loaded again with these layers "
+            f"({first(differing)} would be left over or missing); try to keep layer 0 in front"
+        )

@@ -36,8 +36,8 @@ class Groups(Section):
 class Development(Section):
     """Periodic evaluation during training, which also chooses the best checkpoint.
 
-    ``against: qrels`` takes queries of ``split``; ``against: teacher`` takes no label: it holds training queries out and
-    asks for the teacher's best document.
+    ``against: qrels`` takes queries of ``split``; ``against: teacher`` takes no label: it holds training queries out
+    and asks for the teacher's best document.
     """
 
     against: Literal["qrels", "teacher", "nothing"] = "teacher"

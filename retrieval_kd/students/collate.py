@@ -32,6 +32,7 @@ class TeacherVectors:
                 raise ArtifactError(f"{file.path}: these vectors are of another collection")
             self.similarity = file.similarity
             if file.of == "documents":
+                file.check_rows(collection.documents.ids)
                 self.documents = file.matrix
             else:
                 self._queries.update(zip(file.ids, file.matrix, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,15 @@ import numpy as np
 from sentence_transformers.base.evaluation import BaseEvaluator
 
 from retrieval_kd.data.run import Run
+from retrieval_kd.errors import InputError
 from retrieval_kd.measures import evaluate_run
 from retrieval_kd.students.base import Development, Student
 from retrieval_kd.students.groups import TrainingQuery
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
+
+log = logging.getLogger("retrieval_kd")
 
 METRIC = "development"
 
@@ -76,6 +80,10 @@ def held_out(
     if settings.against != "teacher":
         return queries, []
     n = min(settings.queries, len(queries) // 10)
+    if n == 0:
+        log.warning(
+            "%d training queries are too few to hold some out; there is no development evaluation", len(queries)
+        )
     chosen = set(np.random.default_rng((seed, 1)).choice(len(queries), size=n, replace=False).tolist())
     kept = [query for i, query in enumerate(queries) if i not in chosen]
     return kept, [query for i, query in enumerate(queries) if i in chosen]
@@ -124,5 +132,7 @@ def _judged(
         for query_id, judged in collection.qrels(settings.split).items()
     }
     ids = [query_id for query_id in texts if relevant.get(query_id)]
+    if not ids:
+        raise InputError(f"development: no query of split '{settings.split}' has a relevant document")
     chosen = [ids[i] for i in np.sort(rng.choice(len(ids), size=min(settings.queries, len(ids)), replace=False))]
     return [texts[i] for i in chosen], [collection.documents.rows(relevant[i]) for i in chosen]

@@ -6,6 +6,7 @@ A draw depends on the seed, the query and the visit alone: a resumed run, or one
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -47,7 +48,7 @@ def training_queries(
     qrels = collection.qrels(split) if by_labels else {}
     listed = _listed(scores, candidates, set(texts))
     queries: list[TrainingQuery] = []
-    dropped: dict[str, list[str]] = {"candidates": [], "relevant document": [], "negative": []}
+    dropped: dict[str, list[str]] = {"candidates": [], "relevant document": [], "negative": [], "teacher's score": []}
     for query_id, text in texts.items():
         doc_scores = dict(listed.get(query_id, {}))
         relevant = [doc_id for doc_id, relevance in qrels.get(query_id, {}).items() if relevance > 0]
@@ -57,6 +58,8 @@ def training_queries(
             dropped["relevant document"].append(query_id)
         elif len(doc_scores.keys() - set(relevant)) < 1 or (not by_labels and len(doc_scores) < 2):
             dropped["negative"].append(query_id)
+        elif not by_labels and not any(math.isfinite(value) for value in doc_scores.values()):
+            dropped["teacher's score"].append(query_id)
         else:
             for doc_id in relevant:
                 doc_scores.setdefault(doc_id, float("nan"))

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from retrieval_kd.models.load import SETTINGS, Model, find_model
 from retrieval_kd.recipe import load_recipe
 from retrieval_kd.registry import implementation
 from retrieval_kd.students.base import Student, StudentRecipe
+from retrieval_kd.students.card import development_values, model_card
 from retrieval_kd.students.groups import TrainingQuery, training_queries
 
 if TYPE_CHECKING:
@@ -167,33 +169,45 @@ def _steps(recipe: StudentRecipe, queries: int) -> int:
     return recipe.steps if recipe.steps is not None else math.ceil(recipe.epochs * queries / recipe.batch_size)
 
 
+@dataclass(frozen=True)
+class _Fitted:
+    model: Any
+    parameters: dict[str, float]
+    history: list[dict[str, Any]]
+
+
 def _train(student: Student, collection: Collection, inputs: _Inputs, draft: Draft) -> None:
     from retrieval_kd.models.encoder import quiet_loading
 
     recipe = inputs.recipe
-    seconds = 0.0
-    parameters: dict[str, float] = {}
+    began = time.perf_counter()
     with quiet_loading():
         model = student.start()
-        if recipe.steps != 0:
-            model, parameters, seconds = _fit(student, model, collection, inputs, draft)
-        model.save_pretrained(str(draft.path))
-    draft.details.update(
-        {"training_seconds": round(seconds, 1), "parameters": sum(p.numel() for p in model.parameters())}
-    )
+        untrained = recipe.steps == 0
+        fitted = _Fitted(model, {}, []) if untrained else _fit(student, model, collection, inputs, draft)
+        fitted.model.save_pretrained(str(draft.path), create_model_card=False)
+    development = development_values(fitted.history)
+    if not untrained:
+        _write_log(draft.path / "training_log.csv", fitted.history)
+        draft.details["training_seconds"] = round(time.perf_counter() - began, 1)
+    if development:
+        best = {"measure": recipe.development.measure, "best": max(development), "all": development}
+        draft.details["development"] = best
+        log.info("development %s: %s", recipe.development.measure, " ".join(f"{value:.4f}" for value in development))
+    draft.counts["parameters"] = sum(weights.numel() for weights in fitted.model.parameters())
+    card = model_card(recipe, inputs.refs, development)
+    write_atomically(draft.path / "README.md", card.encode())
     settings = {
         "kind": recipe.kind,
         "query_length": recipe.query_length,
         "document_length": recipe.document_length,
-        **student.settings(parameters),
+        **student.settings(fitted.parameters),
         "trained_on": {name: ref.fingerprint for name, ref in inputs.refs.items()},
     }
     write_atomically(draft.path / SETTINGS, json.dumps(settings, indent=2).encode())
 
 
-def _fit(
-    student: Student, model: Any, collection: Collection, inputs: _Inputs, draft: Draft
-) -> tuple[Any, dict[str, float], float]:
+def _fit(student: Student, model: Any, collection: Collection, inputs: _Inputs, draft: Draft) -> _Fitted:
     from transformers.trainer_utils import get_last_checkpoint
 
     from retrieval_kd.students.collate import GroupCollator
@@ -203,13 +217,11 @@ def _fit(
     recipe = inputs.recipe
     queries, held = held_out(recipe.development, inputs.queries(), recipe.seed)
     steps = _steps(recipe, len(queries))
-    dev = evaluator(
-        student, recipe.development, collection, held, own_pools=recipe.kind == "cross-encoder", seed=recipe.seed
-    )
+    own_pools = recipe.kind == "cross-encoder"
+    dev = evaluator(student, recipe.development, collection, held, own_pools=own_pools, seed=recipe.seed)
     objective = Objective(student, model, recipe.losses)
-    collator = GroupCollator(
-        student, model, collection, queries, recipe.groups, recipe.seed, inputs.teacher_vectors(queries)
-    )
+    vectors = inputs.teacher_vectors(queries)
+    collator = GroupCollator(student, model, collection, queries, recipe.groups, recipe.seed, vectors)
     visits = planned_visits(len(queries), steps * recipe.batch_size, recipe.seed)
     checkpoints = draft.work / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
@@ -218,25 +230,18 @@ def _fit(
     if last:
         log.info("going on from %s", Path(last).name)
     log.info("training on %d queries for %d steps of %d", len(queries), steps, recipe.batch_size)
-    began = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=last)
-    seconds = time.perf_counter() - began
     if not math.isfinite(result.training_loss):
         raise RetrievalKDError("training diverged (the loss is NaN or infinite); lower learning_rate or loss weights")
-    history = trainer.state.log_history
-    _write_log(draft.path / "training_log.csv", history)
     draft.counts.update({"queries": len(queries), "steps": steps})
-    values = [entry["eval_development"] for entry in history if "eval_development" in entry]
-    if values:
-        draft.details["development"] = {"measure": recipe.development.measure, "best": max(values), "all": values}
-        log.info("development %s: %s", recipe.development.measure, " ".join(f"{value:.4f}" for value in values))
-    return trainer.model, objective.best_parameters(trainer), seconds
+    return _Fitted(trainer.model, objective.best_parameters(trainer), trainer.state.log_history)
 
 
 def _write_log(path: Path, history: Sequence[dict[str, Any]]) -> None:
-    """The loss log: one line a logged step, one column a logged quantity."""
-    columns = sorted({key for entry in history for key in entry} - {"step"})
+    """The loss log: one line a logged step, one column a logged quantity; no times, which differ from run to run."""
+    timed = ("runtime", "per_second")
+    columns = sorted({key for entry in history for key in entry if not key.endswith(timed)} - {"step"})
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["step", *columns])
+        writer = csv.DictWriter(file, ["step", *columns], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(history)

@@ -129,6 +129,7 @@ def make_trainer(
 ) -> Any:
     """The student's sentence-transformers trainer, ready to run."""
     trainer_class, arguments_class = student.trainer()
+    model.model_card_data.generate_widget_examples = False
     every = max(1, -(-steps // recipe.development.times))
     arguments = arguments_class(
         output_dir=str(checkpoints),

@@ -55,6 +55,7 @@ class BiEncoderTeacher(Teacher):
         rows = np.unique(np.concatenate([candidates.rows for candidates in job.candidates]))
         ready = {vectors.of: vectors for vectors in job.vectors if vectors.of == "documents"}
         if "documents" in ready:
+            ready["documents"].check_rows(job.collection.documents.ids)
             self._rows = np.arange(len(job.collection.documents))
             self._documents = ready["documents"].matrix
             self._take_truncation(ready["documents"].manifest.details)

@@ -55,7 +55,7 @@ class CrossEncoderTeacher(Teacher):
         return {
             "model": self.source.name,
             "revision": self.source.revision,
-            "max_length": self.model.max_length,
+            "max_length": self.model.max_seq_length,
             "dtype": "float32",
         }
 
@@ -66,7 +66,7 @@ class CrossEncoderTeacher(Teacher):
         queries = [candidates.text for candidates, documents in zip(shard, texts, strict=True) for _ in documents]
         documents = [text for of_query in texts for text in of_query]
         lengths = token_lengths(self.model.tokenizer, queries, documents)
-        self.truncation.count(lengths, self.model.max_length)
+        self.truncation.count(lengths, int(self.model.max_seq_length or 2**31 - 1))
         order = np.argsort([-length for length in lengths], kind="stable")
         logits = np.empty(len(documents), dtype=np.float32)
         for start in range(0, len(order), self.recipe.batch_size):

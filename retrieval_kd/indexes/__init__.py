@@ -1,0 +1,1 @@
+"""Indexes: engines that answer queries with rows and scores."""

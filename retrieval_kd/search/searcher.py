@@ -1,0 +1,157 @@
+"""Searching an index with texts: the one place where queries are encoded and rows become documents."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from retrieval_kd.artifact import published_path
+from retrieval_kd.errors import ArtifactError, UsageError
+from retrieval_kd.indexes.base import Index
+
+if TYPE_CHECKING:
+    from retrieval_kd.data.collection import Collection
+    from retrieval_kd.models.encoder import DenseEncoder
+
+
+class Hit(NamedTuple):
+    """A document that was found; title and text are None when the searcher has no collection."""
+
+    doc_id: str
+    score: float
+    title: str | None
+    text: str | None
+
+
+class Searcher:
+    """An index with the model that encodes its queries and the collection that holds its texts."""
+
+    def __init__(self, index: Index, encoder: DenseEncoder | None, collection: Collection | None) -> None:
+        self.index = index
+        self.encoder = encoder
+        self.collection = collection
+        # A fast tokenizer refuses to be used by two threads at once.
+        self._encoding = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        index: str | Path | Index,
+        *,
+        model: str | Path | DenseEncoder | None = None,
+        collection: str | Path | Collection | None = None,
+        search: Mapping[str, Any] | None = None,
+    ) -> Searcher:
+        """A searcher for ``index``, which knows its own model and collection.
+
+        ``model`` and ``collection`` say where they are now; ``search`` overrides the index's search parameters
+        (``{"nprobe": 64}``). Raises `ArtifactError` when a model or a given collection is not the one that the index
+        was made with, or when the model is nowhere; without a collection hits have no text.
+        """
+        if isinstance(index, Index):
+            if search:
+                raise UsageError("search parameters are set when an index is loaded; give its path")
+            opened = index
+        else:
+            opened = Index.load(index, search=search)
+        if opened.takes == "text" and model is not None:
+            raise UsageError(f"{published_path(opened.path)}: searches text and takes no model")
+        encoder = _encoder_of(opened, model) if opened.takes == "dense" else None
+        return cls(opened, encoder, _collection_of(opened, collection))
+
+    def search(self, query: str, k: int = 10) -> list[Hit]:
+        """The best ``k`` hits of one query text, best first; `UsageError` for an empty one."""
+        if not query.strip():
+            raise UsageError("the query is empty")
+        doc_ids, scores = self.search_many([query], k)
+        if self.collection is None:
+            return [Hit(doc_id, float(score), None, None) for doc_id, score in zip(doc_ids[0], scores[0], strict=True)]
+        documents = self.collection.documents
+        found = [documents[int(row)] for row in documents.rows(doc_ids[0])]
+        return [Hit(doc.id, float(score), doc.title, doc.text) for doc, score in zip(found, scores[0], strict=True)]
+
+    def search_many(self, queries: Sequence[str], k: int = 10) -> tuple[list[list[str]], list[np.ndarray]]:
+        """Document ids and float32 scores of each query, best first, at most ``k``; an empty text has no hits."""
+        if isinstance(queries, str):
+            raise UsageError("search_many takes a list of query texts (got one string)")
+        if k < 1:
+            raise UsageError(f"k is the number of hits wanted and at least 1 (got {k})")
+        doc_ids: list[list[str]] = [[] for _ in queries]
+        hit_scores = [np.zeros(0, dtype=np.float32) for _ in queries]
+        asked = [place for place, query in enumerate(queries) if query.strip()]
+        if asked:
+            scores, rows = self._search([queries[place] for place in asked], k)
+            for place, query_scores, query_rows in zip(asked, scores, rows, strict=True):
+                hit = query_rows >= 0
+                doc_ids[place] = self.index.ids_of(query_rows[hit])
+                hit_scores[place] = query_scores[hit]
+        return doc_ids, hit_scores
+
+    def _search(self, texts: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.encoder is None:
+            return self.index.search(texts, k)
+        with self._encoding:
+            vectors = self.encoder.encode_queries(texts)
+        return self.index.search(vectors, k)
+
+
+def _encoder_of(index: Index, given: str | Path | DenseEncoder | None) -> DenseEncoder:
+    """The encoder with the fingerprint that the index recorded."""
+    from retrieval_kd.models.encoder import DenseEncoder
+
+    home = published_path(index.path)
+    entry = index.manifest.inputs["model"]
+    encoder = given if isinstance(given, DenseEncoder) else DenseEncoder.load(given or _recorded_model(index))
+    found = encoder.ref().fingerprint
+    if found != entry["fingerprint"]:
+        name = encoder.source.name
+        raise ArtifactError(
+            f"{name} is not the model that {home} was made with (fingerprint {found[:12]}, "
+            f"needed {entry['fingerprint'][:12]}); give that model with --model or build the index again"
+        )
+    return encoder
+
+
+def _recorded_model(index: Index) -> str | Path:
+    entry = index.manifest.inputs["model"]
+    places = [index.path / entry["relative"]] if "relative" in entry else []
+    places += [Path(entry["absolute"])] if "absolute" in entry else []
+    for place in places:
+        if place.is_dir():
+            return published_path(place.resolve())
+    if "name" in entry:
+        return entry["name"]
+    tried = " or ".join(str(place.resolve()) for place in places) or "any place"
+    raise ArtifactError(
+        f"{published_path(index.path)}: its model is not at {tried} any more; give its new place with --model"
+    )
+
+
+def _collection_of(index: Index, given: str | Path | Collection | None) -> Collection | None:
+    """The collection given, which must be the index's own, or the one that the index finds; None where it is gone."""
+    from retrieval_kd.data.collection import Collection
+    from retrieval_kd.data.sources import open_collection
+
+    if given is None:
+        try:
+            place = index.locate("collection")
+        except ArtifactError:
+            return None
+        return Collection.load(place)
+    opened = open_collection(given)
+    check_collection(index, opened)
+    return opened
+
+
+def check_collection(index: Index, collection: Collection) -> None:
+    """Raises `ArtifactError` unless ``index`` was built from ``collection``."""
+    needed = index.manifest.inputs.get("collection", {}).get("fingerprint", "")
+    if collection.fingerprint != needed:
+        raise ArtifactError(
+            f"{collection.path} is not the collection that {published_path(index.path)} was made with "
+            f"(fingerprint {collection.fingerprint[:12]}, needed {needed[:12] or 'none: it records no collection'})"
+        )
