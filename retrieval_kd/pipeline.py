@@ -107,14 +107,14 @@ def demo(
 ) -> dict[str, Path]:
     """The built-in pipeline on the standard library's documentation: step name → path of its artifact.
 
-    ``size="tiny"`` takes a few hundred documents and a few training steps (for tests). A ``teacher`` recipe of another
-    kind than bi-encoder is evaluated as a re-ranker of the candidates.
+    ``size="tiny"`` takes a few hundred documents and a few training steps (for tests). A ``teacher`` recipe with another
+    model than the built-in one runs the pipeline ``demo-reranker``: the student learns from its scores alone.
     """
     overrides = []
     pipeline = "pipelines/demo"
     if teacher is not None:
         overrides.append(f"variables.teacher_recipe={teacher}")
-        if read_recipe(find_recipe(teacher, "teachers"), "teachers").get("kind") != "bi-encoder":
+        if read_recipe(find_recipe(teacher, "teachers"), "teachers").get("model") != "builtin":
             pipeline = "pipelines/demo-reranker"
     if size == "tiny":
         overrides += ["variables.sample=400", "variables.steps=6", "variables.pq=indexes/pq-tiny"]
@@ -134,6 +134,10 @@ def _read(pipeline: str, overrides: Sequence[str]) -> tuple[Pipeline.Recipe, lis
         if name in known:
             raise RecipeError(f"{pipeline}: '{name}' is both a variable and a step")
         known.add(name)
+    used = {reference for step in steps for reference in _references(step.arguments)}
+    if unused := [name for name in recipe.variables if name not in used]:
+        valid = recipe.variables.keys() & used
+        raise RecipeError(f"{pipeline}: no step uses variable '{unused[0]}'{did_you_mean(unused[0], valid)}")
     return recipe, steps
 
 
@@ -150,6 +154,9 @@ def _step(place: str, name: str, raw: Mapping[str, Any], known: set[str]) -> Ste
     for key in arguments:
         if key not in valid:
             raise RecipeError(f"{place}: step '{name}': unknown argument '{key}'{did_you_mean(key, valid)}")
+    for parameter in inspect.signature(verb.function()).parameters.values():
+        if parameter.default is parameter.empty and parameter.name not in {*arguments, "out"}:
+            raise RecipeError(f"{place}: step '{name}': argument '{parameter.name}' is missing")
     for reference in _references(arguments):
         if reference not in known:
             raise RecipeError(

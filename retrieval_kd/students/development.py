@@ -81,9 +81,7 @@ def held_out(
         return queries, []
     n = min(settings.queries, len(queries) // 10)
     if n == 0:
-        log.warning(
-            "%d training queries are too few to hold some out; there is no development evaluation", len(queries)
-        )
+        log.warning("%d training queries are too few to hold any out: no development evaluation", len(queries))
     chosen = set(np.random.default_rng((seed, 1)).choice(len(queries), size=n, replace=False).tolist())
     kept = [query for i, query in enumerate(queries) if i not in chosen]
     return kept, [query for i, query in enumerate(queries) if i in chosen]
