@@ -107,8 +107,8 @@ def demo(
 ) -> dict[str, Path]:
     """The built-in pipeline on the standard library's documentation: step name → path of its artifact.
 
-    ``size="tiny"`` takes a few hundred documents and a few training steps (for tests). A ``teacher`` recipe with another
-    model than the built-in one runs the pipeline ``demo-reranker``: the student learns from its scores alone.
+    ``size="tiny"`` takes a few hundred documents and a few training steps (for tests). A ``teacher`` recipe with
+    another model than the built-in one runs the pipeline ``demo-reranker``: the student learns from its scores alone.
     """
     overrides = []
     pipeline = "pipelines/demo"
