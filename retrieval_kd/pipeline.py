@@ -117,7 +117,7 @@ def demo(
         if read_recipe(find_recipe(teacher, "teachers"), "teachers").get("model") != "builtin":
             pipeline = "pipelines/demo-reranker"
     if size == "tiny":
-        overrides += ["variables.sample=400", "variables.steps=6", "variables.pq=indexes/pq-tiny"]
+        overrides += ["variables.sample=200", "variables.steps=2", "variables.pq=indexes/pq-tiny"]
     elif size != "full":
         raise UsageError(f"size '{size}'{did_you_mean(size, ['full', 'tiny'])}")
     return run_pipeline(pipeline, out, overrides, force=force)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrieval_kd.errors import ArtifactError
+from retrieval_kd.errors import ArtifactError, InputError
 from retrieval_kd.students.base import Batch, Groups
 from retrieval_kd.students.groups import TrainingQuery, draw
 
@@ -40,6 +40,15 @@ class TeacherVectors:
     def complete(self, queries: Sequence[TrainingQuery]) -> bool:
         """Whether documents and all of ``queries`` have vectors."""
         return self.documents is not None and all(query.query_id in self._queries for query in queries)
+
+    def check_dimension(self, student: int) -> None:
+        """Raises `InputError` when the teacher's vectors are not as long as the student's."""
+        teacher = student if self.documents is None else self.documents.shape[1]
+        if teacher != student:
+            raise InputError(
+                f"loss 'embedding': the teacher's vectors have {teacher} dimensions, the student's {student}; "
+                "take a student of the teacher's dimension, or learn from its scores (kl, margin-mse)"
+            )
 
     def of(self, queries: Sequence[TrainingQuery], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Vectors of queries [B, d] and of document rows [U, d]; unit length when the teacher compares by cosine."""

@@ -221,6 +221,8 @@ def _fit(student: Student, model: Any, collection: Collection, inputs: _Inputs, 
     dev = evaluator(student, recipe.development, collection, held, own_pools=own_pools, seed=recipe.seed)
     objective = Objective(student, model, recipe.losses)
     vectors = inputs.teacher_vectors(queries)
+    if vectors is not None and any(term.kind == "embedding" for term in recipe.losses):
+        vectors.check_dimension(int(model.get_embedding_dimension()))
     collator = GroupCollator(student, model, collection, queries, recipe.groups, recipe.seed, vectors)
     visits = planned_visits(len(queries), steps * recipe.batch_size, recipe.seed)
     checkpoints = draft.work / "checkpoints"

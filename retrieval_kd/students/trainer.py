@@ -143,6 +143,7 @@ def make_trainer(
         batch_sampler=in_planned_order,
         logging_steps=max(1, steps // 100),
         logging_strategy="steps",
+        logging_nan_inf_filter=False,  # else a diverged run logs the mean of its former losses
         eval_strategy="steps" if dev else "no",
         eval_steps=every if dev else None,
         save_strategy="steps",

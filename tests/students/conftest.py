@@ -1,0 +1,85 @@
+"""The tiny collection and models, made once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from retrieval_kd.data.collection import Collection
+from retrieval_kd.models.encode import encode
+from retrieval_kd.models.load import Model
+from retrieval_kd.students.train import train
+from retrieval_kd.teachers.score import score
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+
+    torch.set_num_threads(1)  # more would wait for one another where other work has the cores
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="session")
+def collection(shared: Path) -> Collection:
+    return tiny.make_tiny_collection(shared)
+
+
+@pytest.fixture(scope="session")
+def candidates(shared: Path, collection: Collection) -> Path:
+    return tiny.make_candidates(shared, collection)
+
+
+@pytest.fixture(scope="session")
+def dense(shared: Path) -> Path:
+    return tiny.make_dense(shared / "dense")
+
+
+@pytest.fixture(scope="session")
+def cross_encoder(shared: Path) -> Path:
+    return tiny.make_cross_encoder(shared / "cross-encoder")
+
+
+@pytest.fixture(scope="session")
+def teacher(shared: Path) -> Path:
+    return tiny.make_dense(shared / "teacher", seed=5)
+
+
+@pytest.fixture(scope="session")
+def scores(shared: Path, collection: Collection, candidates: Path, teacher: Path) -> Path:
+    recipe = tiny.write_recipe(shared / "teacher.yaml", {"kind": "bi-encoder", "model": str(teacher)})
+    return score(recipe, collection=collection, candidates=[candidates], out=shared / "scores").path
+
+
+@pytest.fixture(scope="session")
+def vectors(shared: Path, collection: Collection, teacher: Path) -> list[Path]:
+    documents = encode(teacher, collection, shared / "teacher-documents")
+    return [documents.path, encode(teacher, collection, shared / "teacher-queries", queries="train").path]
+
+
+@pytest.fixture
+def fit(tmp_path: Path, dense: Path, collection: Collection) -> Callable[..., Model]:
+    """Trains the tiny dense model; ``recipe`` keys by keyword, inputs under their names."""
+    numbers = itertools.count()
+
+    def run(*, out: Path | None = None, inputs: dict[str, Any], **recipe: Any) -> Model:
+        values = {
+            "kind": "dense",
+            "base": str(dense),
+            "groups": {"documents": 4},
+            "steps": 10,
+            "batch_size": 8,
+            "learning_rate": 5e-3,
+            "development": {"against": "nothing"},
+            **recipe,
+        }
+        name = tiny.write_recipe(tmp_path / "student.yaml", values)
+        out = out or tmp_path / f"student-{next(numbers)}"
+        return train(name, **{"collection": collection, "out": out, **inputs})
+
+    return run

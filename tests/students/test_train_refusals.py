@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from retrieval_kd.data.collection import Collection
+from retrieval_kd.data.vectors import write_vectors
+from retrieval_kd.errors import InputError, RetrievalKDError, UsageError
+from retrieval_kd.models.encoder import DenseEncoder
+from retrieval_kd.models.load import Model
+
+Trained = Callable[..., Model]
+
+
+def test_what_a_loss_lacks(fit: Trained, scores: Path, candidates: Path, vectors: list[Path]) -> None:
+    def refused(message: str, error: type[Exception] = UsageError, **values: Any) -> None:
+        with pytest.raises(error, match=message):
+            fit(**values)
+
+    by_labels = {"positive": "qrels"}
+    refused("nothing to train on", inputs={}, losses=[{"kind": "kl"}])
+    for kind in ("kl", "margin-mse"):
+        inputs = {"candidates": candidates}
+        refused(f"'{kind}' needs a teacher's scores", inputs=inputs, losses=[{"kind": kind}], groups=by_labels)
+    refused("groups.positive", inputs={"candidates": candidates}, losses=[{"kind": "info-nce"}])
+    for loss in ({"kind": "embedding"}, {"kind": "kl", "over": "batch"}):
+        refused("needs the teacher's vectors", inputs={"scores": [scores]}, losses=[loss])
+        with_vectors: dict[str, Any] = {"scores": [scores], "teacher_vectors": vectors[:1]}
+        refused(
+            "cover the documents and all queries of split 'train'",
+            InputError,
+            inputs=with_vectors,
+            losses=[loss],
+        )
+
+
+def test_scores_of_another_collection(fit: Trained, scores: Path, tmp_path: Path) -> None:
+    other = tiny.make_tiny_collection(tmp_path, "other")
+    with pytest.raises(InputError, match="these scores are of another collection"):
+        fit(inputs={"scores": [scores], "collection": other}, losses=[{"kind": "kl"}])
+
+
+def test_teacher_vectors_of_another_dimension(
+    fit: Trained, scores: Path, collection: Collection, teacher: Path, tmp_path: Path
+) -> None:
+    """The student has 16 dimensions, the teacher's vectors 8."""
+    model = DenseEncoder.load(teacher).ref()
+    paths = []
+    for of, ids in (("documents", tiny.ids_of(range(40))), ("queries", [f"train-{i}" for i in range(30)])):
+        write_vectors(
+            tmp_path / of,
+            np.ones((len(ids), 8)),
+            ids,
+            of=of,
+            split=None,
+            similarity="cosine",
+            model=model,
+            collection=collection.ref(),
+        )
+        paths.append(tmp_path / of)
+    with pytest.raises(InputError, match=r"have 8 dimensions, the student's 16"):
+        fit(inputs={"scores": [scores], "teacher_vectors": paths}, losses=[{"kind": "embedding"}])
+
+
+def test_diverged_training_is_an_error(fit: Trained, scores: Path, tmp_path: Path) -> None:
+    base = tiny.spoil(tiny.make_dense(tmp_path / "spoilt"))
+    with pytest.raises(RetrievalKDError, match="diverged"):
+        fit(inputs={"scores": [scores]}, losses=[{"kind": "kl"}], base=str(base), steps=4)
