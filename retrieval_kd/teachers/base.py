@@ -28,7 +28,7 @@ class TeacherRecipe(Recipe):
     model: str
     revision: str | None = None
     depth: int | None = Field(default=None, ge=1)
-    """Only the first ``depth`` candidates of each run are scored; all when not given."""
+    """Only the first ``depth`` candidates of each run are scored, all when not given; judged documents always all."""
     pairs_per_shard: int = Field(default=8192, ge=1)
 
 

@@ -55,7 +55,7 @@ def score(
     plan = Plan("scores", resolved, {"collection": opened.ref(), "model": teacher.ref(), **sources.refs})
     if plan.finished(out, force=force):
         return Scores.load(out)
-    queries = gather_candidates(opened, sources.runs, loaded.depth)
+    queries = gather_candidates(opened, sources.runs)
     shards = plan_shards(queries, loaded.pairs_per_shard)
     pairs = sum(len(query.rows) for query in queries)
     with plan.write(out, force=force, resumable=True) as draft:
@@ -95,7 +95,7 @@ def estimate_score(
 
     opened = open_collection(collection)
     loaded, sources = _open(recipe, overrides, opened, candidates)
-    queries = gather_candidates(opened, sources.runs, loaded.depth)
+    queries = gather_candidates(opened, sources.runs)
     rows = np.concatenate([query.rows for query in queries])
     sample = np.unique(rows)[:: max(1, len(np.unique(rows)) // 1000)]
     words = float(np.mean([len(text.split()) for text in opened.documents.texts(sample)]))
@@ -110,11 +110,11 @@ def estimate_score(
     }
 
 
-def gather_candidates(collection: Collection, runs: Sequence[Run], depth: int | None) -> list[Candidates]:
-    """Each query of the runs with the union of its candidates, in the order of the runs."""
+def gather_candidates(collection: Collection, runs: Sequence[tuple[Run, int | None]]) -> list[Candidates]:
+    """Each query of the runs, each taken to its depth, with the union of its candidates, in the order of the runs."""
     texts = collection.queries("all")
     union: dict[str, dict[str, None]] = {}
-    for run in runs:
+    for run, depth in runs:
         for query_id, doc_ids, _ in run:
             union.setdefault(query_id, {}).update(dict.fromkeys(doc_ids[:depth]))
     unknown = [query_id for query_id in union if query_id not in texts]
@@ -148,19 +148,19 @@ def plan_shards(queries: Sequence[Candidates], pairs_per_shard: int) -> list[lis
 class _Sources:
     """The opened candidate sources: runs to score, and the references of those that are inputs of their own."""
 
-    def __init__(self, collection: Collection, candidates: Sequence[str | Path]) -> None:
+    def __init__(self, collection: Collection, candidates: Sequence[str | Path], depth: int | None) -> None:
         if not candidates:
             raise UsageError("give at least one --candidates RUN (or qrels:SPLIT)")
-        self.runs: list[Run] = []
+        self.runs: list[tuple[Run, int | None]] = []
         self.refs: dict[str, InputRef] = {}
         for source in candidates:
             if str(source).startswith(JUDGED):
-                self.runs.append(_judged(collection, str(source).removeprefix(JUDGED)))
+                self.runs.append((_judged(collection, str(source).removeprefix(JUDGED)), None))
                 continue
             run = Run.load(source)
             name = "candidates" if not self.refs else f"candidates_{len(self.refs) + 1}"
             self.refs[name] = run.ref()
-            self.runs.append(run)
+            self.runs.append((run, depth))
 
 
 def _open(
@@ -169,7 +169,7 @@ def _open(
     loaded = load_recipe(recipe, "teachers", overrides)
     if not isinstance(loaded, TeacherRecipe):
         raise UsageError(f"{recipe}: not a teacher's recipe")
-    return loaded, _Sources(collection, candidates)
+    return loaded, _Sources(collection, candidates, loaded.depth)
 
 
 def _judged(collection: Collection, split: str) -> Run:

@@ -17,7 +17,7 @@ from retrieval_kd.errors import ArtifactError, DataError, InputError, OutputExis
 from retrieval_kd.models.encode import encode
 from retrieval_kd.models.encoder import DenseEncoder
 from retrieval_kd.teachers.base import Candidates
-from retrieval_kd.teachers.score import estimate_score, plan_shards, score
+from retrieval_kd.teachers.score import estimate_score, gather_candidates, plan_shards, score
 
 
 @pytest.fixture
@@ -133,6 +133,14 @@ def test_judged_documents_as_candidates(recipe: str, collection: Collection, can
         score(recipe, collection=collection, candidates=["qrels:tran"], out=tmp_path / "other")
     with pytest.raises(OutputExistsError, match=r"candidates"):
         score(recipe, collection=collection, candidates=["qrels:train"], out=tmp_path / "scores")
+
+
+def test_depth_cuts_the_runs_it_belongs_to(collection: Collection) -> None:
+    """A source of judged documents comes with no depth: all relevant documents are scored."""
+    cut = Run.from_hits(["train-5"], [["d05", "d06"]], [np.array([2, 1], dtype=np.float32)])
+    whole = Run.from_hits(["train-5"], [["d08", "d07"]], [np.array([2, 1], dtype=np.float32)])
+    (found,) = gather_candidates(collection, [(cut, 1), (whole, None)])
+    assert collection.documents.ids_of(found.rows) == ["d05", "d08", "d07"]
 
 
 def test_finished_scores_are_kept(
