@@ -46,6 +46,9 @@ _REPORTED_PACKAGES = (
     "torch",
     "transformers",
     "sentence-transformers",
+    "tokenizers",
+    "onnx",
+    "onnxruntime",
     "faiss-cpu",
     "faiss-gpu",
     "faiss-gpu-cuvs",
@@ -263,7 +266,7 @@ class Plan:
         """Empties or keeps what a former attempt left; True when its work can be used."""
         plan_file = partial / "plan.json"
         former = json.loads(plan_file.read_text())["key"] if plan_file.is_file() else None
-        if former is not None and former != self.key and resumable and not force:
+        if former not in (None, self.key) and resumable and not force and _holds_work(partial):
             raise OutputExistsError(
                 f"{partial} holds unfinished work of another recipe or other inputs; "
                 "delete it, choose another --out, or pass --force to start over"
@@ -452,6 +455,11 @@ def _content(directory: Path) -> Iterator[Path]:
     for path in directory.rglob("*"):
         if path.is_file() and path.name not in _NOT_CONTENT:
             yield path
+
+
+def _holds_work(partial: Path) -> bool:
+    """Whether an attempt left anything that is worth keeping (one that failed on its inputs did not)."""
+    return any(path.is_file() and path.name not in {"plan.json", ".lock"} for path in partial.rglob("*"))
 
 
 def _empty(directory: Path) -> None:

@@ -14,8 +14,8 @@ _LINE_EVERY_SECONDS = 10.0
 
 
 @contextmanager
-def progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Yields ``advance(n)``. ``done`` of ``total`` items were finished by a former attempt."""
+def progress(what: str, total: int | None, *, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yields ``advance(n)``. ``done`` of ``total`` items (None: not known) were finished by a former attempt."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -31,6 +31,6 @@ def progress(what: str, total: int, *, done: int = 0) -> Iterator[Callable[[int]
         state["done"] += n
         if time.monotonic() - state["said"] >= _LINE_EVERY_SECONDS:
             state["said"] = time.monotonic()
-            log.info("%s: %s of %s", what, f"{int(state['done']):,}", f"{total:,}")
+            log.info("%s: %s%s", what, f"{int(state['done']):,}", "" if total is None else f" of {total:,}")
 
     yield advance

@@ -35,7 +35,7 @@ class Recipe(Section):
         return self.model_dump(mode="json")
 
 
-R = TypeVar("R", bound=Recipe)
+R = TypeVar("R", bound=BaseModel)
 
 
 def recipe_roots() -> list[Path]:

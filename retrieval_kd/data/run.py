@@ -154,7 +154,66 @@ class Run:
         pq.write_table(pa.table(columns, names=list(COLUMNS)), path)
 
 
+def stream_run(path: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """Each query of the run at ``path`` with its documents in rank order, as `Run.load` has them.
+
+    A run artifact and a score file are read piece by piece, so that memory does not grow with their rows; a TREC file
+    is loaded whole, because its rows may come in any order.
+    """
+    path = Path(path)
+    if path.is_file():
+        yield from ((query_id, doc_ids) for query_id, doc_ids, _ in Run.load(path))
+    elif is_artifact(path) and Manifest.read(resolve(path)).artifact == "scores":
+        from retrieval_kd.data.scores import Scores
+
+        for row in Scores.load(path):
+            order = np.lexsort((_descending(row.doc_ids), -row.scores))
+            yield row.query_id, [row.doc_ids[i] for i in order]
+    else:
+        yield from _stream_artifact(RunArtifact.load(path).path / "run.parquet")
+
+
 _NO_SCORES = np.empty(0, dtype=np.float32)
+_ROWS_AT_ONCE = 1 << 16
+
+
+def _stream_artifact(path: Path) -> Iterator[tuple[str, list[str]]]:
+    import pyarrow.parquet as pq
+
+    seen: set[str] = set()
+    query: str | None = None
+    doc_ids: list[str] = []
+    scores: list[float] = []
+    file = pq.ParquetFile(path, pre_buffer=False)
+    for batch in file.iter_batches(_ROWS_AT_ONCE, columns=["query_id", "doc_id", "score"]):
+        for query_id, doc_id, score in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            if query_id != query:
+                if query is not None:
+                    yield query, _in_order(path, query, doc_ids, scores)
+                if query_id in seen:
+                    raise DataError(f"{path}: the rows of query {query_id!r} are not together; make the run again")
+                seen.add(query_id)
+                query, doc_ids, scores = query_id, [], []
+            doc_ids.append(doc_id)
+            scores.append(score)
+    if query is not None:
+        yield query, _in_order(path, query, doc_ids, scores)
+
+
+def _in_order(path: Path, query: str, doc_ids: list[str], scores: list[float]) -> list[str]:
+    if len(set(doc_ids)) != len(doc_ids):
+        raise DataError(f"{path}: query {query!r} has a document twice; make the run again")
+    for i in range(1, len(doc_ids)):
+        if not (scores[i - 1] > scores[i] or (scores[i - 1] == scores[i] and doc_ids[i - 1] > doc_ids[i])):
+            raise DataError(f"{path}: query {query!r}: rank does not follow score and document id; make the run again")
+    return doc_ids
+
+
+def _descending(doc_ids: Sequence[str]) -> np.ndarray:
+    """For each id its position when they are sorted descending: the order of equal scores."""
+    places = np.empty(len(doc_ids), dtype=np.int64)
+    places[sorted(range(len(doc_ids)), key=doc_ids.__getitem__, reverse=True)] = np.arange(len(doc_ids))
+    return places
 
 
 def _ordered(

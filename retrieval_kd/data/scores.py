@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 STATISTICS_KEY = b"retrieval_kd"
+LOST = ("truncated_pairs", "tokens_lost")
+FAILED = "failed"
+"""In a shard's statistics: query, document and reason of each pair that could not be scored."""
+
+_LAYOUT = {"candidates", "slice", "depth", "pairs_per_shard", "batch_tokens"}
+"""Keys of a recipe that say which pairs are scored and in which portions."""
+
+
+def teacher_identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a score file's recipe that decides what a pair's score is."""
+    return {key: value for key, value in recipe.items() if key not in _LAYOUT}
 
 
 class ScoredQuery(NamedTuple):
@@ -26,6 +37,8 @@ class ScoredQuery(NamedTuple):
     query_id: str
     doc_ids: list[str]
     scores: np.ndarray
+    tokens_lost: np.ndarray | None = None
+    """int32: tokens of each pair that the teacher cut off; None where that is not known (an imported file)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class Scores(Artifact):
 
     @property
     def score_kind(self) -> str:
-        """What a score is: ``logit``, ``cosine`` or ``dot``."""
+        """What a score is: ``logit``, ``log_odds``, ``cosine``, ``dot``, ``rank`` and so on."""
         return str(self.manifest.details["score_kind"])
 
     def __len__(self) -> int:
@@ -58,11 +71,7 @@ class Scores(Artifact):
 
     def __iter__(self) -> Iterator[ScoredQuery]:
         for shard in self.shards:
-            table = read_shard(shard)
-            for query_id, doc_ids, scores in zip(
-                table["query_id"].to_pylist(), table["doc_ids"].to_pylist(), table["scores"], strict=True
-            ):
-                yield ScoredQuery(query_id, doc_ids, scores.values.to_numpy(zero_copy_only=False))
+            yield from rows_of(read_shard(shard))
 
     def arrays(self) -> ScoreArrays:
         """The whole file as flat arrays."""
@@ -78,24 +87,6 @@ class Scores(Artifact):
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         return ScoreArrays(query_ids, offsets, doc_ids, np.concatenate(scores).astype(np.float32))
 
-    def summary(self) -> dict[str, Any]:
-        """Counts, what a score is and who gave it, and the distribution of the scores."""
-        values = np.concatenate([row.scores for row in self])
-        spreads = np.array([float(row.scores.max() - row.scores.min()) for row in self])
-        tied = sum(len(row.scores) - len(np.unique(row.scores)) for row in self)
-        quantiles = np.quantile(values, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
-        return {
-            **self.manifest.counts,
-            **self.manifest.details,
-            "scores": {
-                "mean": float(values.mean()),
-                "std": float(values.std()),
-                **{f"p{q:g}": float(v) for q, v in zip([0, 5, 25, 50, 75, 95, 100], quantiles, strict=True)},
-            },
-            "mean_spread_per_query": float(spreads.mean()),
-            "tied_scores": int(tied),
-        }
-
     def problems(self) -> list[str]:
         """Duplicate queries or documents, scores that are not finite, lists of unequal length, wrong counts."""
         found: list[str] = []
@@ -108,6 +99,8 @@ class Scores(Artifact):
             seen.add(row.query_id)
             if len(row.doc_ids) != len(row.scores):
                 found.append(f"query {row.query_id!r}: {len(row.doc_ids)} documents but {len(row.scores)} scores")
+            elif row.tokens_lost is not None and len(row.tokens_lost) != len(row.scores):
+                found.append(f"query {row.query_id!r}: {len(row.scores)} scores but {len(row.tokens_lost)} tokens_lost")
             elif not np.isfinite(row.scores).all():
                 found.append(f"query {row.query_id!r}: a score is NaN or infinite")
             if len(set(row.doc_ids)) != len(row.doc_ids):
@@ -118,12 +111,22 @@ class Scores(Artifact):
         return found
 
 
+def shard_name(shard: int, shards: int) -> str:
+    """The file name of a shard."""
+    return f"shard-{shard:05d}-of-{shards:05d}.parquet"
+
+
 def schema() -> pa.Schema:
     """The columns of a shard."""
     import pyarrow as pa
 
     return pa.schema(
-        [("query_id", pa.string()), ("doc_ids", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))]
+        [
+            ("query_id", pa.string()),
+            ("doc_ids", pa.list_(pa.string())),
+            ("scores", pa.list_(pa.float32())),
+            ("tokens_lost", pa.list_(pa.int32())),
+        ]
     )
 
 
@@ -132,11 +135,12 @@ def write_shard(
     query_ids: Sequence[str],
     doc_ids: Sequence[Sequence[str]],
     scores: Sequence[np.ndarray],
-    statistics: dict[str, int],
+    statistics: Mapping[str, Any],
+    tokens_lost: Sequence[np.ndarray] | None = None,
 ) -> None:
     """Writes one shard whole or not at all. The same rows give the same bytes.
 
-    ``statistics`` (truncation counts) travel in the file, so that a resumed run can add them up.
+    ``statistics`` (counts, and what failed) travel in the file, so that a resumed run can add them up.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -147,6 +151,9 @@ def write_shard(
             pa.array(query_ids, pa.string()),
             pa.array([list(ids) for ids in doc_ids], pa.list_(pa.string())),
             pa.array([np.asarray(values, dtype=np.float32) for values in scores], pa.list_(pa.float32())),
+            pa.nulls(len(query_ids), pa.list_(pa.int32()))
+            if tokens_lost is None
+            else pa.array([np.asarray(lost, dtype=np.int32) for lost in tokens_lost], pa.list_(pa.int32())),
         ],
         schema=schema().with_metadata({STATISTICS_KEY: json.dumps(statistics, sort_keys=True).encode()}),
     )
@@ -169,10 +176,30 @@ def read_shard(path: Path) -> pa.Table:
     return table
 
 
-def shard_statistics(table: pa.Table) -> dict[str, int]:
+def rows_of(table: pa.Table) -> Iterator[ScoredQuery]:
+    """The rows of a shard's table."""
+    for query_id, doc_ids, scores, lost in zip(
+        table["query_id"].to_pylist(), table["doc_ids"].to_pylist(), table["scores"], table["tokens_lost"], strict=True
+    ):
+        tokens_lost = lost.values.to_numpy(zero_copy_only=False) if lost.is_valid else None
+        yield ScoredQuery(query_id, doc_ids, scores.values.to_numpy(zero_copy_only=False), tokens_lost)
+
+
+def shard_statistics(table: pa.Table) -> dict[str, Any]:
     """The statistics `write_shard` put into the file."""
-    statistics: dict[str, int] = json.loads(table.schema.metadata[STATISTICS_KEY])
+    statistics: dict[str, Any] = json.loads(table.schema.metadata[STATISTICS_KEY])
     return statistics
+
+
+def total_counts(statistics: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """The counts of a score file from the statistics of its shards."""
+    totals: dict[str, int] = dict.fromkeys(("queries", "pairs", "shards", *LOST, "failed_pairs"), 0)
+    for of_shard in statistics:
+        totals["shards"] += 1
+        for name, value in of_shard.items():
+            if name != FAILED:
+                totals[name] = totals.get(name, 0) + int(value)
+    return totals
 
 
 def _refuse_bad_scores(

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrieval_kd.artifact import Plan
-from retrieval_kd.data.scores import Scores, read_shard, schema, shard_statistics, write_shard
+from retrieval_kd.data.scores import Scores, read_shard, schema, shard_statistics, total_counts, write_shard
 from retrieval_kd.errors import ArtifactError, RetrievalKDError
 
 Row = tuple[str, list[str], list[float]]
 ROWS: list[Row] = [("q1", ["a", "b", "c"], [3.0, 1.0, 1.0]), ("q2", ["b"], [-2.0]), ("q3", ["c", "a"], [0.5, 7.5])]
-LOST = {"truncated_texts": 2, "tokens_lost": 9}
+LOST = {"truncated_pairs": 2, "tokens_lost": 9}
 
 
 def shard(path: Path, rows: Sequence[Row]) -> Path:
@@ -33,9 +33,9 @@ def make_scores(out: Path, rows: Sequence[Row] = tuple(ROWS), **counts: int) -> 
     return Scores.load(out)
 
 
-def plant(path: Path, rows: Sequence[Row]) -> None:
+def plant(path: Path, rows: Sequence[Row], lost: list[list[int] | None]) -> None:
     """Writes a shard without the checks of `write_shard`."""
-    columns = [[row[i] for row in rows] for i in range(3)]
+    columns = [*([row[i] for row in rows] for i in range(3)), lost]
     pq.write_table(pa.table([pa.array(c, f.type) for c, f in zip(columns, schema(), strict=True)], schema()), path)
 
 
@@ -47,6 +47,7 @@ def test_same_rows_same_bytes(tmp_path: Path) -> None:
         "query_id": ["q1", "q2", "q3"],
         "doc_ids": [["a", "b", "c"], ["b"], ["c", "a"]],
         "scores": [[3.0, 1.0, 1.0], [-2.0], [0.5, 7.5]],
+        "tokens_lost": [None, None, None],
     }
     assert shard_statistics(table) == LOST
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
@@ -102,6 +103,32 @@ def test_rows_come_back_in_order(tmp_path: Path) -> None:
     assert scores.problems() == []
 
 
+def test_tokens_lost_come_back_where_they_are_known(tmp_path: Path) -> None:
+    with Plan("scores", {"kind": "made"}, {}).write(tmp_path / "scores") as draft:
+        values = [np.array([1.0, 2.0])]
+        names = ["shard-00000-of-00002.parquet", "shard-00001-of-00002.parquet"]
+        write_shard(draft.path / names[0], ["q1"], [["a", "b"]], values, LOST, [np.array([0, 7])])
+        write_shard(draft.path / names[1], ["q2"], [["a", "b"]], values, LOST)
+        draft.details["score_kind"] = "logit"
+    first, second = Scores.load(tmp_path / "scores")
+    assert first.tokens_lost is not None and first.tokens_lost.tolist() == [0, 7]
+    assert first.tokens_lost.dtype == np.int32 and second.tokens_lost is None
+
+
+def test_counts_of_the_shards_add_up() -> None:
+    one = {"queries": 2, "pairs": 5, "truncated_pairs": 1, "tokens_lost": 4, "failed_pairs": 1, "windows": 3}
+    two = {"queries": 1, "pairs": 2, "truncated_pairs": 0, "tokens_lost": 0, "failed_pairs": 0, "failed": []}
+    assert total_counts([{**one, "failed": [["q", "d", "why"]]}, two]) == {
+        "queries": 3,
+        "pairs": 7,
+        "shards": 2,
+        "truncated_pairs": 1,
+        "tokens_lost": 4,
+        "failed_pairs": 1,
+        "windows": 3,
+    }
+
+
 def test_arrays(tmp_path: Path) -> None:
     arrays = make_scores(tmp_path / "scores").arrays()
     assert arrays.query_ids == ["q1", "q2", "q3"]
@@ -111,28 +138,18 @@ def test_arrays(tmp_path: Path) -> None:
     assert arrays.scores.dtype == np.float32
 
 
-def test_summary_by_hand(tmp_path: Path) -> None:
-    """Scores 3, 1, 1, −2, 0.5, 7.5: mean 11/6, median 1; spreads 2, 0, 7: mean 3; one score repeats within q1."""
-    summary = make_scores(tmp_path / "scores").summary()
-    assert (summary["queries"], summary["pairs"], summary["score_kind"]) == (3, 6, "logit")
-    assert summary["scores"]["mean"] == pytest.approx(11 / 6)
-    squares = (9 + 1 + 1 + 4 + 0.25 + 56.25) / 6
-    assert summary["scores"]["std"] == pytest.approx((squares - (11 / 6) ** 2) ** 0.5)
-    assert (summary["scores"]["p0"], summary["scores"]["p50"], summary["scores"]["p100"]) == (-2, 1, 7.5)
-    assert summary["mean_spread_per_query"] == 3
-    assert summary["tied_scores"] == 1
-
-
 def test_planted_faults_are_found(tmp_path: Path) -> None:
     scores = make_scores(tmp_path / "scores")
     plant(
         scores.shards[0],
         [("q1", ["a", "b"], [1.0, float("nan")]), ("q2", ["a", "a"], [1.0, 2.0]), ("q2", ["a"], [1.0, 2.0])],
+        [None, [0], None],
     )
     with pytest.raises(ArtifactError, match="shard-00000-of-00002"):
         Scores.load(scores.path)
     assert Scores(scores.path, scores.manifest).problems() == [
         "query 'q1': a score is NaN or infinite",
+        "query 'q2': 2 scores but 1 tokens_lost",
         "query 'q2': a document is scored twice",
         "query 'q2' has two rows",
         "query 'q2': 1 documents but 2 scores",
