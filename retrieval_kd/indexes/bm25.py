@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -11,6 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from retrieval_kd.artifact import Draft
+from retrieval_kd.data.analyzer import Analyzer, StemmerName, StopWords
 from retrieval_kd.errors import InputError, UsageError
 from retrieval_kd.indexes.base import Index, IndexRecipe, Source, check_k, ordered, write_rows
 from retrieval_kd.progress import progress
@@ -28,27 +28,8 @@ class BM25Recipe(IndexRecipe):
     kind: Literal["bm25"]
     k1: float = Field(default=0.9, ge=0)
     b: float = Field(default=0.4, ge=0, le=1)
-    stemmer: Literal["porter", "english", "none"] = "porter"
-    stop_words: Literal["en", "none"] = "en"
-
-
-class Analyzer:
-    """Text → terms, the same for documents and queries. One per thread: a stemmer is not shared."""
-
-    # Words of one character count, as in Lucene; bm25s' own pattern drops them and with them "C" and "vitamin D".
-    _words = re.compile(r"\w+")
-
-    def __init__(self, stemmer: str, stop_words: str) -> None:
-        import Stemmer
-        from bm25s.stopwords import STOPWORDS_EN
-
-        self._stem = None if stemmer == "none" else Stemmer.Stemmer(stemmer).stemWords
-        self._stop_words = frozenset() if stop_words == "none" else frozenset(STOPWORDS_EN)
-
-    def terms(self, text: str) -> list[str]:
-        """The stems of the lower-cased words that are no stop words."""
-        words = [word for word in self._words.findall(text.lower()) if word not in self._stop_words]
-        return words if self._stem is None else list(self._stem(words))
+    stemmer: StemmerName = "porter"
+    stop_words: StopWords = "en"
 
 
 class BM25Index(Index):

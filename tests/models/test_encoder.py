@@ -57,13 +57,6 @@ def test_truncation_at_the_models_length(dense: Path) -> None:
     assert encoder.truncation.to_json() == {"truncated_texts": 2, "tokens_lost": 11}
 
 
-def test_count_by_hand() -> None:
-    truncation = Truncation()
-    truncation.count([5, 8, 9, 20], 8)
-    truncation.count([9], 8)
-    assert truncation == Truncation(3, 1 + 12 + 1)
-
-
 def test_token_lengths_of_texts_and_pairs() -> None:
     tokenizer = tiny.tokenizer()
     assert token_lengths(tokenizer, ["", "w1 w2 w3"]) == [2, 5]
