@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from retrieval_kd.artifact import Artifact
     from retrieval_kd.data.collection import Collection
+    from retrieval_kd.data.merge_scores import merge_scores
     from retrieval_kd.data.run import Run
+    from retrieval_kd.data.score_formats.convert import convert_scores
+    from retrieval_kd.data.score_report import describe_scores
     from retrieval_kd.data.scores import Scores
     from retrieval_kd.data.sources import make_collection
     from retrieval_kd.data.vectors import Vectors
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from retrieval_kd.search.run import search_run
     from retrieval_kd.search.searcher import Hit, Searcher
     from retrieval_kd.students.train import train
+    from retrieval_kd.teachers.ensemble import ensemble_scores
     from retrieval_kd.teachers.score import score
     from retrieval_kd.verify import check
 
@@ -56,9 +60,13 @@ __all__ = [
     "Vectors",
     "build_index",
     "check",
+    "convert_scores",
+    "describe_scores",
     "encode",
+    "ensemble_scores",
     "evaluate",
     "make_collection",
+    "merge_scores",
     "run_pipeline",
     "score",
     "search_run",
@@ -68,7 +76,10 @@ __all__ = [
 _HOMES = {
     "artifact": ("Artifact",),
     "data.collection": ("Collection",),
+    "data.merge_scores": ("merge_scores",),
     "data.run": ("Run",),
+    "data.score_formats.convert": ("convert_scores",),
+    "data.score_report": ("describe_scores",),
     "data.scores": ("Scores",),
     "data.sources": ("make_collection",),
     "data.vectors": ("Vectors",),
@@ -92,6 +103,7 @@ _HOMES = {
     "search.run": ("search_run",),
     "search.searcher": ("Hit", "Searcher"),
     "students.train": ("train",),
+    "teachers.ensemble": ("ensemble_scores",),
     "teachers.score": ("score",),
     "verify": ("check",),
 }

@@ -25,7 +25,8 @@ from retrieval_kd.options import (
     Verbose,
     by_name_of,
 )
-from retrieval_kd.output import make, print_json, print_mapping, print_rich, show_hits, show_made, show_plan
+from retrieval_kd.output import make, print_json, print_rich, show_hits, show_made, show_plan
+from retrieval_kd.scores_cli import scores_app
 
 log = logging.getLogger("retrieval_kd")
 
@@ -55,7 +56,6 @@ class _Verbs(TyperGroup):
 app = typer.Typer(
     cls=_Verbs, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
-scores_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect score files.")
 app.add_typer(scores_app, name="scores")
 
 
@@ -242,6 +242,18 @@ def score(
     vectors: Annotated[
         list[Path] | None, typer.Option("--vectors", metavar="V", help="Vectors by the same model, not made again.")
     ] = None,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="Score only this slice; `scores merge` joins them.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Worker processes, restarted if they die; one GPU each.")
+    ] = None,
+    reuse: Annotated[
+        list[Path] | None, typer.Option("--reuse", metavar="SCORES", help="The same teacher's scores, not made again.")
+    ] = None,
+    max_failed: Annotated[
+        int, typer.Option("--max-failed", min=0, help="Documents that may fail and be left out before the run stops.")
+    ] = 10,
     overrides: Overrides = None,
     force: Force = False,
     dry_run: DryRun = False,
@@ -252,29 +264,15 @@ def score(
 
     \b
     Example: retrieval-kd score teachers/demo --collection pydocs --candidates runs/bm25-train --out runs/scores
+    Example: retrieval-kd score teachers/cross-encoder --collection C --candidates RUN --workers 4 --out runs/scores
     """
     from retrieval_kd.teachers.score import estimate_score, score
 
     inputs: dict[str, Any] = {"collection": collection, "candidates": candidates, "overrides": overrides or ()}
     if dry_run:
         return show_plan("teachers", recipe, overrides, estimate_score(recipe, **inputs), as_json)
-    make(out, lambda: score(recipe, **inputs, out=out, vectors=vectors or (), force=force), as_json)
-
-
-@scores_app.command("show")
-def scores_show(
-    scores: Annotated[Path, typer.Argument(help="A scores artifact.")],
-    as_json: Json = False,
-    verbose: Verbose = None,
-) -> None:
-    """Show what a score file holds and who made it.
-
-    \b
-    Example: retrieval-kd scores show runs/scores
-    """
-    from retrieval_kd.data.scores import Scores
-
-    print_mapping(Scores.load(scores).summary(), as_json)
+    how: dict[str, Any] = {"vectors": vectors or (), "shard": shard, "workers": workers, "reuse": reuse or ()}
+    make(out, lambda: score(recipe, **inputs, **how, out=out, max_failed=max_failed, force=force), as_json)
 
 
 @app.command()

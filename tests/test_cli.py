@@ -285,7 +285,3 @@ def test_doctor_reads_the_offline_flags(monkeypatch: pytest.MonkeyPatch) -> None
 def test_every_verb_has_help_with_an_example(verb: str) -> None:
     shown = call(verb, "--help").stdout
     assert f"Example: retrieval-kd {verb}" in shown
-
-
-def test_scores_show_has_help_with_an_example() -> None:
-    assert "Example: retrieval-kd scores show" in call("scores", "show", "--help").stdout

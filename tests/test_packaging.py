@@ -116,7 +116,10 @@ def test_every_stage_has_its_recipes_in_the_wheel() -> None:
 
 def test_the_constraints_pin_every_direct_dependency_once() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *(line for extra in ("cpu", "demo", "dev") for line in extras()[extra])]
+    wanted = [
+        *project["dependencies"],
+        *(line for extra in ("cpu", "demo", "onnx", "api", "dev") for line in extras()[extra]),
+    ]
     names = [_normal(line) for line in wanted]
     lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()[1:]
     pinned = [_normal(line) for line in lines]
@@ -126,7 +129,7 @@ def test_the_constraints_pin_every_direct_dependency_once() -> None:
 
 
 def _normal(requirement: str) -> str:
-    name = requirement.replace("<", ">").replace("=", ">").partition(">")[0]
+    name = requirement.replace("<", ">").replace("=", ">").replace("[", ">").partition(">")[0]
     return name.strip().lower().replace("_", "-")
 
 

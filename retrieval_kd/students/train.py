@@ -109,7 +109,13 @@ class _Inputs:
         self.candidates = Run.load(candidates) if candidates is not None else None
         self.vectors = [Vectors.load(path) for path in vectors]
         for path, file in zip(scores, self.scores, strict=True):
-            if file.manifest.inputs["collection"]["fingerprint"] != collection.fingerprint:
+            made_for = file.manifest.inputs.get("collection")
+            if made_for is None:
+                raise InputError(
+                    f"{path}: imported without a collection, so that its ids were not checked; "
+                    "import it again with: retrieval-kd scores convert … --collection C"
+                )
+            if made_for["fingerprint"] != collection.fingerprint:
                 raise InputError(f"{path}: these scores are of another collection")
         self._check_needs()
 

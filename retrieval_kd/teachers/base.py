@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
 from retrieval_kd.artifact import InputRef
-from retrieval_kd.models.encoder import Truncation
 from retrieval_kd.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -24,17 +24,28 @@ class TeacherRecipe(Recipe):
     """The keys every teacher has."""
 
     stage = "teachers"
+    execution: ClassVar[frozenset[str]] = frozenset()
+    """Keys that say how the work is done and cannot change a score: they may differ when a run goes on."""
 
-    model: str
-    revision: str | None = None
     depth: int | None = Field(default=None, ge=1)
     """Only the first ``depth`` candidates of each run are scored, all when not given; judged documents always all."""
     pairs_per_shard: int = Field(default=8192, ge=1)
 
+    def identity(self) -> dict[str, Any]:
+        """The resolved recipe without its `execution` keys: what the score file is made from."""
+        return self.model_dump(mode="json", exclude=set(self.execution))
+
+
+class ModelTeacherRecipe(TeacherRecipe):
+    """The keys of a teacher that is a model on this machine."""
+
+    model: str
+    revision: str | None = None
+
 
 @dataclass(frozen=True)
 class Candidates:
-    """One query and the documents to score for it, as row numbers of the collection."""
+    """One query and the documents to score for it, as row numbers of the collection, best candidate first."""
 
     query_id: str
     text: str
@@ -43,7 +54,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """Everything a teacher may need before the first shard: collection, all queries, ready vectors, a work folder."""
+    """Everything a teacher may need before the first shard: collection, all queries of this run, vectors, a folder."""
 
     collection: Collection
     candidates: Sequence[Candidates]
@@ -51,19 +62,35 @@ class ScoringJob:
     work: Path
 
 
+class Scored(NamedTuple):
+    """What a teacher says of a shard: an array for each query, in the order of its candidates."""
+
+    scores: list[np.ndarray]
+    """float32, raw, higher is better."""
+    tokens_lost: list[np.ndarray]
+    """int32: how many tokens of the pair (query and document) the teacher cut off and did not read."""
+
+
 class Teacher(ABC):
-    """A ranker that scores candidates. One instance serves one scoring run."""
+    """A ranker that scores candidates. One instance serves one scoring run, or one worker of it.
+
+    The constructor and `ref` are cheap: weights are loaded when `prepare`, `score`, `score_kind` or `details` first
+    needs them, so that a process that only plans or waits holds no model.
+    """
 
     Recipe: ClassVar[type[TeacherRecipe]]
+    independent: bool = True
+    """A score depends on its query and document alone (a listwise teacher's depends on the other candidates too)."""
 
     def __init__(self, recipe: Any) -> None:
         self.recipe = recipe
-        self.truncation = Truncation()
+        self.counts: Counter[str] = Counter()
+        """Whatever else is to be counted (``malformed_answers``); the same shard must always count the same."""
 
     @property
     @abstractmethod
     def score_kind(self) -> str:
-        """What a raw score is: ``logit``, ``cosine`` or ``dot``."""
+        """What a raw score is: ``logit``, ``log_odds``, ``cosine``, ``dot``, ``rank`` and so on."""
 
     @abstractmethod
     def ref(self) -> InputRef:
@@ -71,14 +98,20 @@ class Teacher(ABC):
 
     @abstractmethod
     def details(self) -> dict[str, Any]:
-        """Facts for the manifest: model, revision, max_length, dtype, similarity."""
+        """Facts for the manifest, asked for after the last shard: model, revision, max_length, dtype, prompt, usage."""
 
     def prepare(self, job: ScoringJob) -> None:  # noqa: B027
-        """Work to do once before the first shard (a bi-encoder encodes each text once). Must be resumable."""
+        """Work to do once before the first shard (a bi-encoder encodes each text once).
+
+        Must be resumable, and a second call (by another worker) must find the first one's files in ``job.work``.
+        """
 
     @abstractmethod
-    def score(self, shard: Sequence[Candidates], texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        """Raw float32 scores, one array for each query of the shard. ``texts[i][j]`` is document j of query i.
+    def score(self, shard: Sequence[Candidates], texts: Sequence[Sequence[str]]) -> Scored:
+        """Raw scores of a shard; ``texts[i][j]`` is document j of query i.
 
-        Called for whole shards only, so that the same shard gives the same scores; counts truncation on the way.
+        Batches stay inside the shard, so that the same shard gives the same scores. A shard may also be a part of
+        one, down to a single pair, while a document is looked for that a teacher cannot take. Raises
+        `RetrievalKDError` for what must stop the whole run (a spent budget, a missing key); any other exception is
+        held against the shard's documents.
         """

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
-from retrieval_kd.artifact import InputRef, write_atomically
-from retrieval_kd.models.encode import encode_resumably
+from retrieval_kd.artifact import InputRef
 from retrieval_kd.models.encoder import DenseEncoder
-from retrieval_kd.teachers.base import Candidates, ScoringJob, Teacher, TeacherRecipe
+from retrieval_kd.models.load import find_model
+from retrieval_kd.teachers.base import Candidates, ModelTeacherRecipe, Scored, ScoringJob, Teacher
+from retrieval_kd.teachers.encoded import Encode, EncodedJob
 
 
 class BiEncoderTeacher(Teacher):
     """Scores by the similarity of a sentence-transformers model (cosine or dot, the model's own unless given)."""
 
-    class Recipe(TeacherRecipe):
+    class Recipe(ModelTeacherRecipe):
         """Keys of ``kind: bi-encoder``."""
 
         kind: Literal["bi-encoder"]
@@ -26,89 +26,74 @@ class BiEncoderTeacher(Teacher):
 
     recipe: Recipe
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe)
-        self.encoder = DenseEncoder.load(recipe.model, revision=recipe.revision)
-        self.truncation = self.encoder.truncation
+    @cached_property
+    def encoder(self) -> DenseEncoder:
+        """The model, loaded when it is first used."""
+        return DenseEncoder.load(self.recipe.model, revision=self.recipe.revision)
 
-    @property
+    @cached_property
     def score_kind(self) -> str:
         """``cosine`` or ``dot``."""
         return self.encoder.similarity if self.recipe.similarity == "model" else self.recipe.similarity
 
     def ref(self) -> InputRef:
         """The model's reference."""
-        return self.encoder.ref()
+        return find_model(self.recipe.model, self.recipe.revision).ref()
 
     def details(self) -> dict[str, Any]:
-        """Model, revision, length and similarity."""
-        return {
-            "model": self.encoder.source.name,
-            "revision": self.encoder.source.revision,
-            "max_length": self.encoder.model.max_seq_length,
-            "dtype": "float32",
-        }
+        """What the model is and how it reads."""
+        return self.encoder.facts()
 
     def prepare(self, job: ScoringJob) -> None:
-        """Encodes every query and every candidate once; ``job.vectors`` of the same model are used as they are."""
-        self._row_of_query = {candidates.query_id: i for i, candidates in enumerate(job.candidates)}
-        rows = np.unique(np.concatenate([candidates.rows for candidates in job.candidates]))
-        ready = {vectors.of: vectors for vectors in job.vectors if vectors.of == "documents"}
-        if "documents" in ready:
-            ready["documents"].check_rows(job.collection.documents.ids)
-            self._rows = np.arange(len(job.collection.documents))
-            self._documents = ready["documents"].matrix
-            self._take_truncation(ready["documents"].manifest.details)
-        else:
-            self._rows = rows
-            self._documents = self._encoded(
-                job.work / "documents.npy",
-                len(rows),
-                lambda start, stop: job.collection.documents.texts(rows[start:stop]),
-                self.encoder.encode_documents,
-                f"encoding {len(rows):,} documents",
-            )
-        queries = [candidates.text for candidates in job.candidates]
-        known = {
-            query_id: vectors.matrix[i]
+        """Encodes every query and every candidate once; ``job.vectors`` of the same model are used as they are.
+
+        Ready vectors spare the network, not the tokenizer: it still says what of each text the model did not read.
+        """
+        documents = next((vectors for vectors in job.vectors if vectors.of == "documents"), None)
+        if documents is not None:
+            documents.check_rows(job.collection.documents.ids)
+        queries = {
+            query_id: (vectors.matrix, i)
             for vectors in job.vectors
             if vectors.of == "queries"
             for i, query_id in enumerate(vectors.ids)
         }
-        if all(candidates.query_id in known for candidates in job.candidates):
-            self._queries = np.stack([known[candidates.query_id] for candidates in job.candidates])
-        else:
-            self._queries = self._encoded(
-                job.work / "queries.npy",
-                len(queries),
-                lambda start, stop: queries[start:stop],
-                self.encoder.encode_queries,
-                f"encoding {len(queries):,} queries",
-            )
+        complete = bool(queries) and all(candidates.query_id in queries for candidates in job.candidates)
+        self._ready_documents = None if documents is None else documents.matrix
+        self._ready_queries = queries if complete else None
+        self._job = EncodedJob(
+            job,
+            self._vectors("document") if documents is None else self._lengths("document"),
+            self._lengths("query") if complete else self._vectors("query"),
+            ("documents" if documents is None else "document-lengths", "query-lengths" if complete else "queries"),
+        )
 
-    def score(self, shard: Sequence[Candidates], texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
+    def score(self, shard: Sequence[Candidates], texts: Sequence[Sequence[str]]) -> Scored:
         """Similarities of each query's vector with its candidates' vectors."""
-        return [self._similarity(candidates) for candidates in shard]
+        scores = [self._similarities(query) for query in shard]
+        return Scored(scores, [self._job.tokens_lost(query.query_id, query.rows) for query in shard])
 
-    def _similarity(self, candidates: Candidates) -> np.ndarray:
-        query = self._queries[self._row_of_query[candidates.query_id]]
-        documents = self._documents[np.searchsorted(self._rows, candidates.rows)]
+    def _similarities(self, candidates: Candidates) -> np.ndarray:
+        query = self._query_vector(candidates.query_id)
+        documents = self._document_vectors(candidates.rows)
         if self.score_kind == "cosine":
             query = query / max(float(np.linalg.norm(query)), 1e-12)
             documents = documents / np.maximum(np.linalg.norm(documents, axis=1, keepdims=True), 1e-12)
         return np.asarray(documents @ query, dtype=np.float32)
 
-    def _encoded(self, path: Path, total: int, texts: Any, encode: Any, what: str) -> np.ndarray:
-        facts = path.with_suffix(".json")
-        if facts.is_file():
-            self._take_truncation(json.loads(facts.read_text()))
-            return np.asarray(np.load(path, mmap_mode="r"))
-        before = (self.truncation.texts, self.truncation.tokens)
-        encode_resumably(path, total, texts, encode, self.encoder.dimension, self.truncation, what=what)
-        lost = {"truncated_texts": self.truncation.texts - before[0], "tokens_lost": self.truncation.tokens - before[1]}
-        write_atomically(facts, json.dumps(lost).encode())
-        return np.asarray(np.load(path, mmap_mode="r"))
+    def _query_vector(self, query_id: str) -> np.ndarray:
+        if self._ready_queries is None:
+            return np.asarray(self._job.queries["vectors"][self._job.query_place(query_id)])
+        matrix, row = self._ready_queries[query_id]
+        return np.asarray(matrix[row])
 
-    def _take_truncation(self, facts: dict[str, Any]) -> None:
-        self.truncation.texts += int(facts.get("truncated_texts", 0))
-        self.truncation.tokens += int(facts.get("tokens_lost", 0))
+    def _document_vectors(self, rows: np.ndarray) -> np.ndarray:
+        if self._ready_documents is None:
+            return np.asarray(self._job.documents["vectors"][self._job.document_places(rows)])
+        return np.asarray(self._ready_documents[rows])
+
+    def _vectors(self, task: str) -> Encode:
+        return lambda texts: self.encoder.encode(texts, task)._asdict()
+
+    def _lengths(self, task: str) -> Encode:
+        return lambda texts: {"tokens_lost": self.encoder.readers[task].tokens_lost(texts)}

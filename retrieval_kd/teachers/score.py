@@ -1,22 +1,32 @@
-"""The verb `score`: a teacher scores candidates into shards, and goes on after the last complete one."""
+"""The verb `score`: a teacher scores candidates into shards, alone or with workers, and goes on where it was."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrieval_kd.artifact import InputRef, Plan
-from retrieval_kd.data.run import Run
-from retrieval_kd.data.scores import Scores, read_shard, shard_statistics, write_shard
-from retrieval_kd.errors import ArtifactError, InputError, UsageError, first
+from retrieval_kd.artifact import Draft, Plan, write_atomically
+from retrieval_kd.data.score_writer import write_failed
+from retrieval_kd.data.scores import FAILED, Scores, read_shard, shard_name, shard_statistics, total_counts
+from retrieval_kd.errors import ArtifactError, RecipeError, UsageError
 from retrieval_kd.progress import progress
 from retrieval_kd.recipe import load_recipe
 from retrieval_kd.registry import implementation
-from retrieval_kd.teachers.base import Candidates, ScoringJob, Teacher, TeacherRecipe
+from retrieval_kd.teachers.base import ScoringJob, Teacher, TeacherRecipe
+from retrieval_kd.teachers.candidates import CandidateSlice, CandidateTable, Sources, gather_candidates, plan_shards
+from retrieval_kd.teachers.isolate import Failures, Outcome, Task, finish_shard
+from retrieval_kd.teachers.reuse import KnownScores, refuse_other_teachers
+from retrieval_kd.teachers.shards import ShardScorer, shard_pairs
+from retrieval_kd.teachers.worker import describe
+from retrieval_kd.teachers.workers import over_workers
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
@@ -24,8 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("retrieval_kd")
 
-JUDGED = "qrels:"
-"""Prefix of the pseudo-run that holds a split's judged relevant documents: ``qrels:train``."""
+MAX_FAILED = 10
 
 
 def score(
@@ -36,50 +45,82 @@ def score(
     out: str | Path,
     vectors: Sequence[str | Path] = (),
     overrides: Sequence[str] = (),
+    shard: str | None = None,
+    workers: int | None = None,
+    reuse: Sequence[str | Path] = (),
+    max_failed: int = MAX_FAILED,
     force: bool = False,
 ) -> Scores:
     """The score file of a teacher over the union of candidate runs.
 
-    A candidate source is a run (artifact or TREC file) or ``qrels:SPLIT``, the relevant documents of a split.
-    ``vectors`` made by the same model spare a bi-encoder the encoding. Raises `InputError` for unknown ids,
-    `RetrievalKDError` when the teacher gives NaN.
+    A candidate source is a run (artifact or TREC file), a score file, or ``qrels:SPLIT``, the relevant documents of a
+    split. ``vectors`` made by the same model spare a bi-encoder the encoding. ``shard`` (``2/4``) does a slice of the
+    shards, which `merge_scores` joins with the others. ``workers`` are processes on this machine; None scores in this
+    one. ``reuse`` are score files of the same teacher, whose pairs are not scored again.
+
+    A document that cannot be scored (NaN, an exception, a process that dies over it) is left out and named in
+    ``failed.jsonl``; more than ``max_failed`` of them stop the run. Raises `InputError` for unknown ids,
+    `RetrievalKDError` when the run stops; finished shards are kept.
     """
     from retrieval_kd.data.sources import open_collection
 
     out = Path(out)
     opened = open_collection(collection)
-    loaded, sources = _open(recipe, overrides, opened, candidates)
+    loaded = _teacher_recipe(recipe, overrides)
+    sources = Sources(opened, candidates)
     teacher: Teacher = implementation("teachers", loaded.kind)(loaded)
+    inputs = {"collection": opened.ref(), "model": teacher.ref(), **sources.refs}
+    resolved = loaded.identity() | {"candidates": sources.judged}
+    refuse_other_teachers(reuse, resolved, {name: ref.fingerprint for name, ref in inputs.items()})
+    inputs |= {("reuse" if not i else f"reuse_{i + 1}"): Scores.load(path).ref() for i, path in enumerate(reuse)}
     ready = _ready_vectors(vectors, teacher, opened)
-    resolved = loaded.resolved() | {"candidates": [str(c) for c in candidates if str(c).startswith(JUDGED)]}
-    plan = Plan("scores", resolved, {"collection": opened.ref(), "model": teacher.ref(), **sources.refs})
+    mine = None if shard is None else _slice(shard)
+    plan = Plan("scores", resolved | ({} if shard is None else {"slice": shard}), inputs)
     if plan.finished(out, force=force):
         return Scores.load(out)
-    queries = gather_candidates(opened, sources.runs)
-    shards = plan_shards(queries, loaded.pairs_per_shard)
-    pairs = sum(len(query.rows) for query in queries)
     with plan.write(out, force=force, resumable=True) as draft:
-        paths = [draft.path / f"shard-{i:05d}-of-{len(shards):05d}.parquet" for i in range(len(shards))]
-        done = {i: lost for i, path in enumerate(paths) if (lost := _finished_shard(path, shards[i])) is not None}
+        table = _gathered(opened, sources, loaded, draft)
+        shards = plan_shards(table.lengths, loaded.pairs_per_shard)
+        wanted = range(len(shards)) if mine is None else _part(mine, len(shards))
+        done = {i: found for i in wanted if (found := _finished_shard(draft.path, i, shards, table)) is not None}
         if done:
-            log.info("going on after %d of %d shards", len(done), len(shards))
-        teacher.prepare(ScoringJob(opened, queries, ready, draft.work))
-        lost = teacher.truncation.to_json()
-        finished_pairs = sum(len(query.rows) for i in done for query in shards[i])
-        with progress(f"scoring {pairs:,} pairs", pairs, done=finished_pairs) as advance:
-            for i, shard in enumerate(shards):
-                if i not in done:
-                    done[i] = _score_shard(teacher, opened, shard, paths[i])
-                    advance(sum(len(query.rows) for query in shard))
-        lost = {key: value + sum(of_shard[key] for of_shard in done.values()) for key, value in lost.items()}
-        draft.counts.update({"queries": len(queries), "pairs": pairs, "shards": len(shards), **lost})
-        draft.details.update({"score_kind": teacher.score_kind, "teacher": loaded.kind, **teacher.details()})
-    if lost["truncated_texts"]:
-        log.warning(
-            "%s texts were cut at the teacher's length, %s tokens lost",
-            f"{lost['truncated_texts']:,}",
-            f"{lost['tokens_lost']:,}",
-        )
+            log.info("going on after %d of %d shards", len(done), len(wanted))
+        span = range(shards[wanted[0]].start, shards[wanted[-1]].stop)
+        job = ScoringJob(opened, CandidateSlice(table, span), ready, draft.work)
+        scorer = ShardScorer(teacher, opened, table, shards, draft.path)
+        failures = Failures(max_failed)
+        for statistics in done.values():
+            for query_id, doc_id, reason in statistics[FAILED]:
+                failures.add(doc_id, query_id, reason)
+        todo = [i for i in wanted if i not in done]
+        pairs = [int(table.lengths[of_shard.start : of_shard.stop].sum()) for of_shard in shards]
+
+        def finish(i: int, run: Callable[[Task], Outcome]) -> dict[str, Any]:
+            queries = scorer.queries(i)
+            documents = opened.documents
+            return finish_shard(
+                i,
+                shard_pairs(queries),
+                lambda pair: (queries[pair[0]].query_id, documents.id(int(queries[pair[0]].rows[pair[1]]))),
+                run,
+                failures,
+            )
+
+        total = sum(pairs[i] for i in wanted)
+        with progress(f"scoring {total:,} pairs", total, done=sum(pairs[i] for i in done)) as advance:
+            if workers is None:
+                results = _in_this_process(scorer, job, reuse, todo, finish)
+            else:
+                job_file = _write_job(job, span, loaded, shards, draft.path, vectors, reuse)
+                results = over_workers(job_file, workers, todo, finish)
+            for i, result in results:
+                if i is None:
+                    draft.details.update(result)
+                else:
+                    done[i] = result
+                    advance(pairs[i])
+        _describe(draft, loaded, [done[i] for i in wanted])
+    _warn(draft.counts)
     return Scores.load(out)
 
 
@@ -94,91 +135,123 @@ def estimate_score(
     from retrieval_kd.data.sources import open_collection
 
     opened = open_collection(collection)
-    loaded, sources = _open(recipe, overrides, opened, candidates)
-    queries = gather_candidates(opened, sources.runs)
-    rows = np.concatenate([query.rows for query in queries])
-    sample = np.unique(rows)[:: max(1, len(np.unique(rows)) // 1000)]
-    words = float(np.mean([len(text.split()) for text in opened.documents.texts(sample)]))
-    query_words = float(np.mean([len(query.text.split()) for query in queries]))
-    return {
-        "recipe": loaded.resolved(),
-        "queries": len(queries),
-        "pairs": len(rows),
-        "distinct_documents": len(np.unique(rows)),
-        "shards": len(plan_shards(queries, loaded.pairs_per_shard)),
-        "approximate_tokens": int(1.3 * (words + query_words) * len(rows)),
-    }
+    loaded = _teacher_recipe(recipe, overrides)
+    with TemporaryDirectory() as folder:
+        sources = Sources(opened, candidates).open(opened, loaded.depth)
+        table = gather_candidates(opened, sources, Path(folder) / "candidates.arrow")
+        candidate = np.zeros(len(opened.documents), dtype=bool)
+        query_words = 0
+        for query in table:
+            candidate[query.rows] = True
+            query_words += len(query.text.split()) * len(query.rows)
+        distinct = np.flatnonzero(candidate)
+        pairs = int(table.lengths.sum())
+        sample = distinct[:: max(1, len(distinct) // 1000)]
+        words = float(np.mean([len(text.split()) for text in opened.documents.texts(sample)]))
+        return {
+            "queries": len(table),
+            "pairs": pairs,
+            "distinct_documents": len(distinct),
+            "shards": len(plan_shards(table.lengths, loaded.pairs_per_shard)),
+            "approximate_tokens": int(1.3 * (words * pairs + query_words)),
+        }
 
 
-def gather_candidates(collection: Collection, runs: Sequence[tuple[Run, int | None]]) -> list[Candidates]:
-    """Each query of the runs, each taken to its depth, with the union of its candidates, in the order of the runs."""
-    texts = collection.queries("all")
-    union: dict[str, dict[str, None]] = {}
-    for run, depth in runs:
-        for query_id, doc_ids, _ in run:
-            union.setdefault(query_id, {}).update(dict.fromkeys(doc_ids[:depth]))
-    unknown = [query_id for query_id in union if query_id not in texts]
-    if unknown:
-        raise InputError(
-            f"{len(unknown)} queries of the candidates are not in the collection: {first(unknown)}; "
-            "were the candidates made from another collection?"
-        )
-    union = {query_id: doc_ids for query_id, doc_ids in union.items() if doc_ids}
-    if not union:
-        raise InputError("the candidate runs hold no candidates; search an index over a split first")
-    return [
-        Candidates(query_id, texts[query_id], collection.documents.rows(list(doc_ids)))
-        for query_id, doc_ids in union.items()
-    ]
-
-
-def plan_shards(queries: Sequence[Candidates], pairs_per_shard: int) -> list[list[Candidates]]:
-    """Consecutive queries in shards of at most ``pairs_per_shard`` pairs (a query is never divided)."""
-    shards: list[list[Candidates]] = []
-    pairs = pairs_per_shard + 1
-    for query in queries:
-        if pairs + len(query.rows) > pairs_per_shard:
-            shards.append([])
-            pairs = 0
-        shards[-1].append(query)
-        pairs += len(query.rows)
-    return shards
-
-
-class _Sources:
-    """The opened candidate sources: runs to score, and the references of those that are inputs of their own."""
-
-    def __init__(self, collection: Collection, candidates: Sequence[str | Path], depth: int | None) -> None:
-        if not candidates:
-            raise UsageError("give at least one --candidates RUN (or qrels:SPLIT)")
-        self.runs: list[tuple[Run, int | None]] = []
-        self.refs: dict[str, InputRef] = {}
-        for source in candidates:
-            if str(source).startswith(JUDGED):
-                self.runs.append((_judged(collection, str(source).removeprefix(JUDGED)), None))
-                continue
-            run = Run.load(source)
-            name = "candidates" if not self.refs else f"candidates_{len(self.refs) + 1}"
-            self.refs[name] = run.ref()
-            self.runs.append((run, depth))
-
-
-def _open(
-    recipe: str, overrides: Sequence[str], collection: Collection, candidates: Sequence[str | Path]
-) -> tuple[TeacherRecipe, _Sources]:
+def _teacher_recipe(recipe: str, overrides: Sequence[str]) -> TeacherRecipe:
     loaded = load_recipe(recipe, "teachers", overrides)
     if not isinstance(loaded, TeacherRecipe):
-        raise UsageError(f"{recipe}: not a teacher's recipe")
-    return loaded, _Sources(collection, candidates, loaded.depth)
+        raise UsageError(
+            f"{recipe}: kind '{loaded.kind}' combines score files: retrieval-kd scores ensemble {recipe} …"
+        )
+    return loaded
 
 
-def _judged(collection: Collection, split: str) -> Run:
-    relevant = {
-        query_id: [doc_id for doc_id, relevance in judged.items() if relevance > 0]
-        for query_id, judged in collection.qrels(split).items()
+def _gathered(collection: Collection, sources: Sources, recipe: TeacherRecipe, draft: Draft) -> CandidateTable:
+    """The candidates; a former attempt's file is used as it is, because the draft belongs to the same inputs."""
+    path = draft.work / "candidates.arrow"
+    if not path.is_file():
+        with TemporaryDirectory(dir=draft.work) as folder:
+            gathered = Path(folder) / path.name
+            gather_candidates(collection, sources.open(collection, recipe.depth), gathered)
+            gathered.replace(path)
+    return CandidateTable(path, collection)
+
+
+def _in_this_process(
+    scorer: ShardScorer,
+    job: ScoringJob,
+    reuse: Sequence[str | Path],
+    shards: Sequence[int],
+    finish: Callable[[int, Callable[[Task], Outcome]], Any],
+) -> Iterator[tuple[int | None, Any]]:
+    scorer.teacher.prepare(job)
+    scorer.known = KnownScores(reuse, scorer.teacher.independent) if reuse else None
+    for i in shards:
+        yield i, finish(i, scorer.run)
+    yield None, describe(scorer)
+
+
+def _write_job(
+    job: ScoringJob,
+    span: range,
+    recipe: TeacherRecipe,
+    shards: Sequence[range],
+    out: Path,
+    vectors: Sequence[str | Path],
+    reuse: Sequence[str | Path],
+) -> Path:
+    """The file that tells a worker what this run is."""
+    path = job.work / "job.json"
+    values = {
+        "parent": os.getpid(),
+        "recipe": recipe.resolved(),
+        "collection": str(job.collection.path.resolve()),
+        "candidates": str((job.work / "candidates.arrow").resolve()),
+        "vectors": [str(Path(name).resolve()) for name in vectors],
+        "reuse": [str(Path(name).resolve()) for name in reuse],
+        "span": [span.start, span.stop],
+        "shards": [[of_shard.start, of_shard.stop] for of_shard in shards],
+        "out": str(out.resolve()),
     }
-    ids = [query_id for query_id, doc_ids in relevant.items() if doc_ids]
-    return Run.from_hits(ids, [relevant[i] for i in ids], [np.zeros(len(relevant[i]), dtype=np.float32) for i in ids])
+    write_atomically(path, json.dumps(values).encode())
+    return path
+
+
+def _describe(draft: Draft, recipe: TeacherRecipe, statistics: Sequence[dict[str, Any]]) -> None:
+    """Counts and details of the finished run, and the list of what failed."""
+    draft.counts.update(total_counts(statistics))
+    execution = recipe.model_dump(mode="json", include=set(recipe.execution))
+    draft.details.update({"teacher": recipe.kind, **({"execution": execution} if execution else {})})
+    write_failed(draft.path, [row for of_shard in statistics for row in of_shard[FAILED]])
+
+
+def _warn(counts: dict[str, int]) -> None:
+    if counts["truncated_pairs"]:
+        log.warning(
+            "%s pairs were cut at the teacher's length, %s tokens lost",
+            f"{counts['truncated_pairs']:,}",
+            f"{counts['tokens_lost']:,}",
+        )
+    if counts["failed_pairs"]:
+        log.warning("%s pairs could not be scored and were left out: failed.jsonl", f"{counts['failed_pairs']:,}")
+
+
+def _slice(text: str) -> tuple[int, int]:
+    """``2/4`` as numbers."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UsageError(f"--shard {text}: write it as i/n with 1 ≤ i ≤ n, such as 2/4")
+    return int(match[1]), int(match[2])
+
+
+def _part(mine: tuple[int, int], shards: int) -> range:
+    """The shards of slice i of n: consecutive, as equal as can be."""
+    i, n = mine
+    if n > shards:
+        raise RecipeError(
+            f"--shard {i}/{n}: there are only {shards} shards; lower pairs_per_shard, or use fewer slices"
+        )
+    return range(shards * (i - 1) // n, shards * i // n)
 
 
 def _ready_vectors(paths: Sequence[str | Path], teacher: Teacher, collection: Collection) -> list[Vectors]:
@@ -193,8 +266,11 @@ def _ready_vectors(paths: Sequence[str | Path], teacher: Teacher, collection: Co
     return ready
 
 
-def _finished_shard(path: Path, shard: Sequence[Candidates]) -> dict[str, int] | None:
+def _finished_shard(
+    folder: Path, shard: int, shards: Sequence[range], candidates: CandidateTable
+) -> dict[str, Any] | None:
     """The statistics of a complete shard of a former attempt; None when it is to be scored (again)."""
+    path = folder / shard_name(shard, len(shards))
     if not path.is_file():
         return None
     try:
@@ -202,15 +278,6 @@ def _finished_shard(path: Path, shard: Sequence[Candidates]) -> dict[str, int] |
     except ArtifactError as error:
         log.warning("%s; scoring it again", error)
         return None
-    return shard_statistics(table) if table["query_id"].to_pylist() == [query.query_id for query in shard] else None
-
-
-def _score_shard(teacher: Teacher, collection: Collection, shard: Sequence[Candidates], path: Path) -> dict[str, int]:
-    before = teacher.truncation.to_json()
-    texts = [collection.documents.texts(query.rows) for query in shard]
-    scores = teacher.score(shard, texts)
-    after = teacher.truncation.to_json()
-    statistics = {key: after[key] - before[key] for key in after}
-    ids = [collection.documents.ids_of(query.rows) for query in shard]
-    write_shard(path, [query.query_id for query in shard], ids, scores, statistics)
-    return statistics
+    statistics = shard_statistics(table)
+    pairs = int(candidates.lengths[shards[shard].start : shards[shard].stop].sum())
+    return statistics if statistics["pairs"] + statistics["failed_pairs"] == pairs else None

@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from retrieval_kd.data.collection import Collection
+from retrieval_kd.data.score_formats.convert import convert_scores
 from retrieval_kd.data.vectors import write_vectors
 from retrieval_kd.errors import InputError, RetrievalKDError, UsageError
 from retrieval_kd.models.encoder import DenseEncoder
@@ -43,6 +44,14 @@ def test_scores_of_another_collection(fit: Trained, scores: Path, tmp_path: Path
     other = tiny.make_tiny_collection(tmp_path, "other")
     with pytest.raises(InputError, match="these scores are of another collection"):
         fit(inputs={"scores": [scores], "collection": other}, losses=[{"kind": "kl"}])
+
+
+def test_scores_imported_without_a_collection(fit: Trained, tmp_path: Path) -> None:
+    (tmp_path / "scores.trec").write_text("train-1 Q0 d01 1 2.5 made\n")
+    arguments: dict[str, Any] = {"from_format": "trec", "to_format": "retrieval-kd", "out": tmp_path / "imported"}
+    convert_scores(tmp_path / "scores.trec", **arguments)
+    with pytest.raises(InputError, match=r"without a collection.*scores convert … --collection"):
+        fit(inputs={"scores": [tmp_path / "imported"]}, losses=[{"kind": "kl"}])
 
 
 def test_teacher_vectors_of_another_dimension(

@@ -1,28 +1,40 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+import trivial
 
+from retrieval_kd.artifact import resolve
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.data.run import Run
-from retrieval_kd.data.scores import Scores
-from retrieval_kd.data.vectors import write_vectors
-from retrieval_kd.errors import ArtifactError, DataError, InputError, OutputExistsError, RecipeError, UsageError
-from retrieval_kd.models.encode import encode
-from retrieval_kd.models.encoder import DenseEncoder
-from retrieval_kd.teachers.base import Candidates
-from retrieval_kd.teachers.score import estimate_score, gather_candidates, plan_shards, score
+from retrieval_kd.data.scores import Scores, read_shard, shard_statistics, teacher_identity, write_shard
+from retrieval_kd.errors import (
+    ArtifactError,
+    DataError,
+    InputError,
+    OutputExistsError,
+    RecipeError,
+    RetrievalKDError,
+    UsageError,
+)
+from retrieval_kd.registry import TEACHERS
+from retrieval_kd.teachers import shards as shards_module
+from retrieval_kd.teachers.base import ScoringJob
+from retrieval_kd.teachers.score import estimate_score, score
+from retrieval_kd.verify import check
 
 
 @pytest.fixture
-def recipe(dense: Path, tmp_path: Path) -> str:
-    return tiny.write_recipe(tmp_path / "bi.yaml", {"kind": "bi-encoder", "model": str(dense), "pairs_per_shard": 20})
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(TEACHERS, "trivial", trivial.ENTRY)
+    return tiny.write_recipe(tmp_path / "trivial.yaml", {"kind": "trivial", "pairs_per_shard": 20})
 
 
 def made_run(path: Path, hits: dict[str, list[str]]) -> Path:
@@ -36,74 +48,50 @@ def by_query(scores: Scores) -> dict[str, dict[str, float]]:
     return {row.query_id: dict(zip(row.doc_ids, row.scores.tolist(), strict=True)) for row in scores}
 
 
-def similarities(model: Path, collection: Collection, cosine: bool) -> np.ndarray:
-    """[train queries, documents] from the encoder's vectors, in double precision."""
-    encoder = DenseEncoder.load(model)
-    queries = encoder.encode_queries(list(collection.queries("train").values())).astype(np.float64)
-    documents = encoder.encode_documents([tiny.document_text(i) for i in range(40)]).astype(np.float64)
-    return np.asarray(tiny.unit(queries) @ tiny.unit(documents).T if cosine else queries @ documents.T)
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
 
 
-@pytest.mark.parametrize("similarity", ["model", "dot"])
-def test_scores_are_the_vectors_similarity(
-    similarity: str, recipe: str, collection: Collection, candidates: Path, dense: Path, tmp_path: Path
-) -> None:
-    scores = score(
-        recipe,
-        collection=collection,
-        candidates=[candidates],
-        out=tmp_path / "scores",
-        overrides=[f"similarity={similarity}"],
-    )
-    expected = similarities(dense, collection, cosine=similarity == "model")
+def failed(scores: Scores) -> list[tuple[str, str]]:
+    rows = [json.loads(line) for line in (scores.path / "failed.jsonl").read_text().splitlines()]
+    return [(row["query_id"], row["doc_id"]) for row in rows]
+
+
+def stops_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
+    """Ctrl-C when this many shards were written."""
+    written: list[Path] = []
+
+    def write(path: Path, *arguments: Any) -> None:
+        if len(written) == shards:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_shard(path, *arguments)
+
+    monkeypatch.setattr(shards_module, "write_shard", write)
+
+
+def test_every_pair_has_its_score(recipe: str, collection: Collection, candidates: Path, tmp_path: Path) -> None:
+    scores = score(recipe, collection=collection, candidates=[candidates], out=tmp_path / "scores")
     found = by_query(scores)
     for i in range(30):
         rows = [(i + j) % 40 for j in range(6)]
         assert list(found[f"train-{i}"]) == tiny.ids_of(rows)
-        np.testing.assert_allclose(list(found[f"train-{i}"].values()), expected[i, rows], rtol=1e-4, atol=1e-5)
-    assert scores.score_kind == ("cosine" if similarity == "model" else "dot")
+        texts = [f" train-{i} {tiny.document_text(row)}".encode() for row in rows]
+        expected = [int.from_bytes(hashlib.sha256(text).digest()[:4], "little") / 2**32 for text in texts]
+        np.testing.assert_array_equal(list(found[f"train-{i}"].values()), np.array(expected, dtype=np.float32))
     assert scores.manifest.counts == {
         "queries": 30,
         "pairs": 180,
         "shards": 10,
-        "truncated_texts": 0,
-        "tokens_lost": 0,
+        "truncated_pairs": 150,
+        "tokens_lost": 30 * (1 + 2 + 3 + 4 + 5),
+        "failed_pairs": 0,
+        "seen": 180,
     }
-    assert scores.problems() == []
+    assert scores.manifest.details["execution"] == {"log": None, "seconds": 0.0}
+    assert all(row.tokens_lost is not None and row.tokens_lost.tolist() == [0, 1, 2, 3, 4, 5] for row in scores)
     assert sorted(scores.manifest.inputs) == ["candidates", "collection", "model"]
-
-
-def test_ready_vectors_give_the_same_bytes(
-    recipe: str,
-    collection: Collection,
-    candidates: Path,
-    dense: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    vectors = [encode(dense, collection, tmp_path / "d").path]
-    vectors.append(encode(dense, collection, tmp_path / "q", queries="train").path)
-    without = score(recipe, collection=collection, candidates=[candidates], out=tmp_path / "without")
-    for task in ("encode_queries", "encode_documents"):
-        monkeypatch.setattr(DenseEncoder, task, lambda *_: pytest.fail("encoded again"))
-    ready = score(recipe, collection=collection, candidates=[candidates], out=tmp_path / "with", vectors=vectors)
-    np.testing.assert_allclose(ready.arrays().scores, without.arrays().scores, rtol=1e-5, atol=1e-6)
-    assert ready.arrays().doc_ids == without.arrays().doc_ids
-
-
-def test_vectors_that_do_not_fit(
-    recipe: str, collection: Collection, candidates: Path, dense: Path, tmp_path: Path
-) -> None:
-    def refused(name: str, message: str, ids: Sequence[str] = tiny.ids_of(range(40)), **changes: Any) -> None:
-        values = {"model": DenseEncoder.load(dense).ref(), "collection": collection.ref(), **changes}
-        matrix = np.ones((len(ids), 16))
-        write_vectors(tmp_path / name, matrix, ids, of="documents", split=None, similarity="cosine", **values)
-        with pytest.raises(ArtifactError, match=message):
-            score(recipe, collection=collection, candidates=[candidates], out=tmp_path / "s", vectors=[tmp_path / name])
-
-    refused("model", "made by another model", model=tiny.reference("aa"))
-    refused("collection", "of another collection", collection=tiny.reference("cc"))
-    refused("order", "are not the collection's 40 documents", ids=tiny.ids_of(range(40))[::-1])
+    assert scores.problems() == [] and check(scores.path) == []
 
 
 def test_depth_and_union(recipe: str, collection: Collection, candidates: Path, tmp_path: Path) -> None:
@@ -112,19 +100,35 @@ def test_depth_and_union(recipe: str, collection: Collection, candidates: Path, 
     scores = score(
         recipe,
         collection=collection,
-        candidates=[candidates, second],
+        candidates=[candidates, second, "qrels:dev"],
         out=tmp_path / "scores",
         overrides=["depth=2"],
     )
     found = by_query(scores)
     assert list(found["train-5"]) == ["d05", "d06", "d30"]
     assert list(found["test-1"]) == ["d02"]
-    assert list(found) == [f"train-{i}" for i in range(30)] + ["test-1"]
-    assert scores.manifest.counts["pairs"] == 30 * 2 + 1 + 1
+    assert list(found) == [f"train-{i}" for i in range(30)] + ["test-1"] + [f"dev-{i}" for i in range(6)]
+    assert scores.manifest.counts["pairs"] == 30 * 2 + 1 + 1 + 6
     assert sorted(scores.manifest.inputs) == ["candidates", "candidates_2", "collection", "model"]
 
 
-def test_judged_documents_as_candidates(recipe: str, collection: Collection, candidates: Path, tmp_path: Path) -> None:
+def test_a_score_file_can_be_the_candidates(
+    recipe: str, collection: Collection, candidates: Path, tmp_path: Path
+) -> None:
+    first = score(recipe, collection=collection, candidates=[candidates], out=tmp_path / "first")
+    second = score(
+        recipe,
+        collection=collection,
+        candidates=[first.path],
+        out=tmp_path / "second",
+        overrides=["depth=2", "salt=other"],
+    )
+    for query_id, scored in by_query(second).items():
+        best = sorted(by_query(first)[query_id].items(), key=lambda item: -item[1])[:2]
+        assert list(scored) == [doc_id for doc_id, _ in best]
+
+
+def test_judged_documents_as_candidates(recipe: str, collection: Collection, tmp_path: Path) -> None:
     scores = score(recipe, collection=collection, candidates=["qrels:train", "qrels:dev"], out=tmp_path / "scores")
     found = {query: list(docs) for query, docs in by_query(scores).items()}
     assert found == {f"{split}-{i}": [f"d{i:02d}"] for split, n in (("train", 30), ("dev", 6)) for i in range(n)}
@@ -135,71 +139,268 @@ def test_judged_documents_as_candidates(recipe: str, collection: Collection, can
         score(recipe, collection=collection, candidates=["qrels:train"], out=tmp_path / "scores")
 
 
-def test_depth_cuts_the_runs_it_belongs_to(collection: Collection) -> None:
-    """A source of judged documents comes with no depth: all relevant documents are scored."""
-    cut = Run.from_hits(["train-5"], [["d05", "d06"]], [np.array([2, 1], dtype=np.float32)])
-    whole = Run.from_hits(["train-5"], [["d08", "d07"]], [np.array([2, 1], dtype=np.float32)])
-    (found,) = gather_candidates(collection, [(cut, 1), (whole, None)])
-    assert collection.documents.ids_of(found.rows) == ["d05", "d08", "d07"]
-
-
 def test_finished_scores_are_kept(
     recipe: str, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also with other execution keys, which cannot change a score."""
     first = score(recipe, collection=collection, candidates=["qrels:dev"], out=tmp_path / "scores")
-    monkeypatch.setattr("retrieval_kd.teachers.score.write_shard", lambda *_: pytest.fail("scored again"))
-    again = score(recipe, collection=collection, candidates=["qrels:dev"], out=tmp_path / "scores")
+    monkeypatch.setattr(shards_module, "write_shard", lambda *_: pytest.fail("scored again"))
+    again = score(
+        recipe, collection=collection, candidates=["qrels:dev"], out=tmp_path / "scores", overrides=["seconds=0.5"]
+    )
     assert again.manifest.created == first.manifest.created
 
 
 def test_candidates_that_do_not_fit(recipe: str, collection: Collection, tmp_path: Path) -> None:
-    unknown = made_run(tmp_path / "unknown.trec", {"train-1": ["d01"], "nobody-1": ["d01"], "nobody-2": ["d01"]})
-    with pytest.raises(InputError, match=r"2 queries of the candidates are not in the collection: 'nobody-1'"):
-        score(recipe, collection=collection, candidates=[unknown], out=tmp_path / "scores")
-    document = made_run(tmp_path / "document.trec", {"train-1": ["d01", "x9"]})
-    with pytest.raises(DataError, match=r"1 of 2 document ids are unknown: 'x9'"):
-        score(recipe, collection=collection, candidates=[document], out=tmp_path / "scores")
-    with pytest.raises(UsageError, match="--candidates"):
-        score(recipe, collection=collection, candidates=[], out=tmp_path / "scores")
+    def refused(error: type[Exception], message: str, *sources: str | Path) -> None:
+        with pytest.raises(error, match=message):
+            score(recipe, collection=collection, candidates=sources, out=tmp_path / "scores")
+
+    queries = {"train-1": ["d01"], "nobody-1": ["d01"], "nobody-2": ["d01"]}
+    refused(
+        InputError,
+        r"2 queries of the candidates are not in the collection: 'nobody-1', 'nobody-2'",
+        made_run(tmp_path / "queries.trec", queries),
+    )
+    documents = {"train-1": ["d01", "x9"], "train-2": ["x9", "x8"]}
+    refused(
+        DataError,
+        r"2 documents of the candidates are not in the collection: 'x9', 'x8'",
+        made_run(tmp_path / "documents.trec", documents),
+    )
+    refused(UsageError, "--candidates")
+    refused(ArtifactError, "no such file", tmp_path / "nothing")
     empty = tmp_path / "empty"
     Run.from_hits([], [], []).save(empty, recipe={"kind": "made"}, inputs={})
-    with pytest.raises(InputError, match="no candidates"):
-        score(recipe, collection=collection, candidates=[empty], out=tmp_path / "scores")
+    refused(InputError, "no candidates", empty)
     assert not (tmp_path / "scores").exists()
 
 
 def test_unknown_key_of_a_recipe(recipe: str, collection: Collection, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"unknown key 'similarty' \(did you mean 'similarity'\?\)"):
-        score(recipe, collection=collection, candidates=["qrels:dev"], out=tmp_path / "s", overrides=["similarty=dot"])
+    with pytest.raises(RecipeError, match=r"unknown key 'slat' \(did you mean 'salt'\?\)"):
+        score(recipe, collection=collection, candidates=["qrels:dev"], out=tmp_path / "s", overrides=["slat=x"])
 
 
-def test_truncation_is_counted_once_a_text(
-    collection: Collection, candidates: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_what_was_cut_is_said(
+    recipe: str, collection: Collection, candidates: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Documents are 6 tokens; at 5 each of the 35 distinct candidates (d00 to d34) loses one, however often it is."""
-    model = tiny.make_dense(tmp_path / "short", lengths=(None, 5))
-    recipe = tiny.write_recipe(tmp_path / "short.yaml", {"kind": "bi-encoder", "model": str(model)})
     with caplog.at_level(logging.WARNING, "retrieval_kd"):
-        scores = score(recipe, collection=collection, candidates=[candidates], out=tmp_path / "scores")
-    counts = scores.manifest.counts
-    assert (counts["truncated_texts"], counts["tokens_lost"]) == (35, 35)
-    assert "35 texts were cut at the teacher's length, 35 tokens lost" in caplog.text
+        score(recipe, collection=collection, candidates=[candidates], out=tmp_path / "scores")
+    assert "150 pairs were cut at the teacher's length, 450 tokens lost" in caplog.text
 
 
-def test_shards_never_divide_a_query() -> None:
-    queries = [Candidates(f"q{i}", "", np.arange(n)) for i, n in enumerate([3, 2, 6, 1, 9, 4, 1])]
-    shards = plan_shards(queries, 5)
-    assert [[len(query.rows) for query in shard] for shard in shards] == [[3, 2], [6], [1], [9], [4, 1]]
+@pytest.mark.parametrize("trouble", ["raises", "nan"])
+def test_a_poison_document_is_left_out_and_named(
+    trouble: str,
+    recipe: str,
+    collection: Collection,
+    candidates: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Document d07 is a candidate of train-2 to train-7; every other pair has the score it always has."""
+    whole = by_query(score(recipe, collection=collection, candidates=[candidates], out=tmp_path / "whole"))
+    with caplog.at_level(logging.WARNING, "retrieval_kd"):
+        scores = score(
+            recipe, collection=collection, candidates=[candidates], out=tmp_path / "s", overrides=[f"{trouble}=w7"]
+        )
+    for query_id, of_query in whole.items():
+        of_query.pop("d07", None)
+        assert by_query(scores)[query_id] == of_query
+    assert failed(scores) == [(f"train-{i}", "d07") for i in range(2, 8)]
+    assert (scores.manifest.counts["pairs"], scores.manifest.counts["failed_pairs"]) == (174, 6)
+    assert scores.manifest.counts["seen"] == 174
+    assert "'d07'" in caplog.text and "6 pairs could not be scored and were left out" in caplog.text
+    assert check(scores.path) == []
+
+
+def test_a_poison_document_of_a_listwise_teacher(
+    recipe: str, collection: Collection, candidates: Path, tmp_path: Path
+) -> None:
+    """Which score is NaN says nothing about which document is to blame: it is looked for."""
+    scores = score(
+        recipe,
+        collection=collection,
+        candidates=[candidates],
+        out=tmp_path / "s",
+        overrides=["nan=w7", "listwise=true"],
+    )
+    assert failed(scores) == [(f"train-{i}", "d07") for i in range(2, 8)]
+    assert scores.manifest.details["independent"] is False
+
+
+def test_no_failed_document_may_be_allowed(
+    recipe: str, collection: Collection, candidates: Path, tmp_path: Path
+) -> None:
+    """train-2 in the first shard is the first to have d07: nothing is written. All that is done before it is kept."""
+    arguments: dict[str, Any] = {"collection": collection, "candidates": [candidates], "out": tmp_path / "scores"}
+    with pytest.raises(RetrievalKDError, match=r"1 documents could not be scored \('d07': the score is NaN"):
+        score(recipe, **arguments, overrides=["nan=w7"], max_failed=0)
+    assert not (tmp_path / "scores").exists() and shard_bytes(tmp_path / "scores.partial") == {}
+    with pytest.raises(RetrievalKDError, match="'d23': the score is NaN"):
+        score(recipe, **arguments, overrides=["nan=w23"], max_failed=0, force=True)
+    assert len(shard_bytes(tmp_path / "scores.partial")) == 6
+    scores = score(recipe, **arguments, overrides=["nan=w23"], max_failed=1)
+    assert len(failed(scores)) == 6
+
+
+def test_a_shard_too_large_for_the_teacher_is_scored_in_parts(
+    recipe: str, collection: Collection, candidates: Path, tmp_path: Path
+) -> None:
+    whole = score(recipe, collection=collection, candidates=[candidates], out=tmp_path / "whole")
+    parts = score(
+        recipe, collection=collection, candidates=[candidates], out=tmp_path / "parts", overrides=["most_pairs=7"]
+    )
+    assert by_query(parts) == by_query(whole) and parts.manifest.counts["failed_pairs"] == 0
+
+
+def test_an_interrupted_run_goes_on(
+    recipe: str,
+    collection: Collection,
+    candidates: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One of the finished shards is damaged in between: it is found, said and scored again. Failures are remembered."""
+    arguments: dict[str, Any] = {"collection": collection, "candidates": [candidates], "overrides": ["nan=w7"]}
+    undisturbed = score(recipe, **arguments, out=tmp_path / "undisturbed")
+    log = tmp_path / "log"
+    arguments["overrides"] = ["nan=w7", f"log={log}"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stops_after(patch, 4)
+        score(recipe, **arguments, out=tmp_path / "scores")
+    log.unlink()
+    partial = tmp_path / "scores.partial"
+    broken = partial / "shard-00001-of-00010.parquet"
+    broken.write_bytes(broken.read_bytes()[:-30])
+    with caplog.at_level(logging.INFO, "retrieval_kd"):
+        resumed = score(recipe, **arguments, out=tmp_path / "scores")
+    assert f"{broken.name}: damaged score shard" in caplog.text and "scoring it again" in caplog.text
+    assert "going on after 3 of 10 shards" in caplog.text
+    assert shard_bytes(resumed.path) == shard_bytes(undisturbed.path)
+    assert resumed.manifest.counts == undisturbed.manifest.counts
+    assert resumed.fingerprint == undisturbed.fingerprint
+    assert {line.split()[1] for line in log.read_text().splitlines()} == {
+        "train-3",
+        *(f"train-{i}" for i in range(12, 30, 3)),
+    }
+
+
+def test_the_same_shard_is_the_same_bytes(
+    recipe: str, collection: Collection, candidates: Path, tmp_path: Path
+) -> None:
+    """Alone, in a slice, or in the whole run."""
+    arguments: dict[str, Any] = {"collection": collection, "candidates": [candidates]}
+    whole = shard_bytes(score(recipe, **arguments, out=tmp_path / "whole").path)
+    found: dict[str, bytes] = {}
+    for i in (1, 2, 3):
+        part = score(recipe, **arguments, out=tmp_path / f"part-{i}", shard=f"{i}/3")
+        assert part.manifest.recipe["slice"] == f"{i}/3" and check(part.path) == []
+        assert not found.keys() & shard_bytes(part.path).keys()
+        found |= shard_bytes(part.path)
+    assert found == whole
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0"])
+def test_a_slice_that_is_none(text: str, recipe: str, collection: Collection, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"--shard {text}: write it as i/n"):
+        score(recipe, collection=collection, candidates=["qrels:dev"], out=tmp_path / "s", shard=text)
+
+
+def test_more_slices_than_shards(recipe: str, collection: Collection, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="there are only 1 shards; lower pairs_per_shard"):
+        score(recipe, collection=collection, candidates=["qrels:dev"], out=tmp_path / "s", shard="1/2")
+
+
+def test_reuse_scores_only_what_is_new(recipe: str, collection: Collection, candidates: Path, tmp_path: Path) -> None:
+    """Of 12 candidates a query has now, 6 were scored before."""
+    wide = tiny.make_candidates(tmp_path, collection, depth=12)
+    first = score(recipe, collection=collection, candidates=[candidates], out=tmp_path / "first")
+    log = tmp_path / "log"
+    arguments: dict[str, Any] = {"collection": collection, "candidates": [wide]}
+    reused = score(
+        recipe, **arguments, out=tmp_path / "reused", reuse=[first.path], overrides=[f"log={log}", "pairs_per_shard=50"]
+    )
+    assert sum(int(line.split()[2]) for line in log.read_text().splitlines()) == 180
+    assert (reused.manifest.counts["reused_pairs"], reused.manifest.counts["seen"]) == (180, 180)
+    anew = score(recipe, **arguments, out=tmp_path / "anew")
+    assert by_query(reused) == by_query(anew)
+    assert reused.manifest.inputs["reuse"]["fingerprint"] == first.fingerprint
+
+
+def test_reuse_of_a_listwise_teacher_takes_whole_lists(
+    recipe: str, collection: Collection, candidates: Path, tmp_path: Path
+) -> None:
+    listwise = {"overrides": ["listwise=true"], "collection": collection}
+    first = score(recipe, **listwise, candidates=[candidates], out=tmp_path / "first")  # type: ignore[arg-type]
+    more = made_run(tmp_path / "more.trec", {"train-5": ["d30"]})
+    again = score(  # type: ignore[misc]
+        recipe, **listwise, candidates=[candidates, more], out=tmp_path / "again", reuse=[first.path]
+    )
+    assert (again.manifest.counts["reused_pairs"], again.manifest.counts["seen"]) == (29 * 6, 7)
+
+
+def test_reuse_of_another_teacher_is_refused(
+    recipe: str, collection: Collection, candidates: Path, tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {"candidates": [candidates], "out": tmp_path / "s"}
+    first = score(recipe, collection=collection, candidates=[candidates], out=tmp_path / "first")
+    for overrides, message in ((["salt=x"], "of another model"), (["nan=w1"], "recipe differs in nan")):
+        with pytest.raises(ArtifactError, match=message):
+            score(recipe, **arguments, collection=collection, overrides=overrides, reuse=[first.path])
+    other = tiny.make_tiny_collection(tmp_path, "other")
+    documents = resolve(other.path) / "documents.arrow"
+    assert documents.is_file()
+    changed = Collection(other.path, other.manifest)
+    object.__setattr__(changed.manifest, "fingerprint", "0" * 64)
+    with pytest.raises(ArtifactError, match="of another collection"):
+        score(recipe, **arguments, collection=changed, reuse=[first.path])
+
+
+def test_identity_leaves_out_what_is_scored_and_how_it_is_divided() -> None:
+    recipe = {"kind": "x", "model": "m", "depth": 3, "pairs_per_shard": 5, "slice": "1/2", "candidates": []}
+    assert teacher_identity(recipe) == {"kind": "x", "model": "m"}
+
+
+def test_statistics_travel_in_the_shard(recipe: str, collection: Collection, candidates: Path, tmp_path: Path) -> None:
+    scores = score(recipe, collection=collection, candidates=[candidates], out=tmp_path / "s", overrides=["raises=w7"])
+    assert shard_statistics(read_shard(scores.shards[0])) == {
+        "queries": 3,
+        "pairs": 17,
+        "truncated_pairs": 14,
+        "tokens_lost": 40,
+        "failed_pairs": 1,
+        "failed": [["train-2", "d07", "ValueError: cannot read w7"]],
+        "seen": 17,
+    }
+
+
+def test_an_ensemble_is_no_teacher(collection: Collection, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="scores ensemble"):
+        score("teachers/ensemble-t2", collection=collection, candidates=["qrels:dev"], out=tmp_path / "s")
 
 
 def test_estimate(recipe: str, collection: Collection, candidates: Path) -> None:
     """180 pairs of 4 + 2 words, 1.3 tokens each."""
-    found = estimate_score(recipe, collection=collection, candidates=[candidates])
-    del found["recipe"]
-    assert found == {
+    assert estimate_score(recipe, collection=collection, candidates=[candidates]) == {
         "queries": 30,
         "pairs": 180,
         "distinct_documents": 35,
         "shards": 10,
         "approximate_tokens": 1404,
     }
+
+
+def test_a_slice_prepares_its_own_queries_only(
+    recipe: str, collection: Collection, candidates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def prepare(self: trivial.TrivialTeacher, job: ScoringJob) -> None:
+        seen.extend(query.query_id for query in job.candidates)
+        assert [query.query_id for query in job.candidates[1:3]] == seen[1:3]
+
+    monkeypatch.setattr(trivial.TrivialTeacher, "prepare", prepare)
+    score(recipe, collection=collection, candidates=[candidates], out=tmp_path / "s", shard="2/5")
+    assert seen == [f"train-{i}" for i in range(6, 12)]

@@ -1,0 +1,132 @@
+"""The verbs `scores show`, `merge`, `convert` and `ensemble` of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from retrieval_kd.options import Force, Json, MaybeCollection, Out, Overrides, Verbose, by_name_of
+from retrieval_kd.output import make, print_json
+
+scores_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Inspect, join, import, export and combine score files."
+)
+
+
+@scores_app.command("show")
+def show(
+    scores: Annotated[Path, typer.Argument(help="A scores artifact.")],
+    collection: MaybeCollection = None,
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="S", help="Compare with this split's qrels; all splits otherwise.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Draw the histogram to a file.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = None,
+) -> None:
+    """Show what a score file holds, who made it, and how well it agrees with labels.
+
+    \b
+    Example: retrieval-kd scores show runs/scores --png runs/scores.png
+    """
+    from retrieval_kd.data.score_report import describe_scores
+    from retrieval_kd.data.score_report_text import lines
+
+    found = describe_scores(scores, collection=collection, split=split, png=png)
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo("\n".join(lines(found)))
+
+
+@scores_app.command("merge")
+def merge(
+    scores: Annotated[list[Path], typer.Argument(help="Score files of one teacher: slices, or other candidates.")],
+    out: Out,
+    force: Force = False,
+    as_json: Json = False,
+    verbose: Verbose = None,
+) -> None:
+    """Join the slices of a divided run, or one teacher's scores of different candidates.
+
+    \b
+    Example: retrieval-kd scores merge runs/scores-1 runs/scores-2 --out runs/scores
+    """
+    from retrieval_kd.data.merge_scores import merge_scores
+
+    make(out, lambda: merge_scores(scores, out, force=force), as_json)
+
+
+@scores_app.command("convert")
+def convert(
+    source: Annotated[Path, typer.Argument(help="A score file, or a file in another layout (.gz is read too).")],
+    from_format: Annotated[str, typer.Option("--from", metavar="FORMAT", help="The layout of the source.")],
+    to_format: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The layout to write.")],
+    out: Out,
+    collection: MaybeCollection = None,
+    labels: Annotated[
+        str | None, typer.Option("--labels", metavar="SPLIT", help="Whose qrels say which documents are positive.")
+    ] = None,
+    negatives: Annotated[
+        int | None, typer.Option("--negatives", min=1, help="Negatives in a row of sentence-transformers.")
+    ] = None,
+    score_kind: Annotated[
+        str | None, typer.Option("--score-kind", help="What an imported score is: logit, cosine, rank and so on.")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    verbose: Verbose = None,
+) -> None:
+    """Import or export scores: retrieval-kd, hofstaetter-tsv, sentence-transformers, st-pickle, pylate,
+    flagembedding, tevatron, trec.
+
+    \b
+    Example: retrieval-kd scores convert train.tsv --from hofstaetter-tsv --to retrieval-kd --out runs/scores
+    Example: retrieval-kd scores convert runs/scores --from retrieval-kd --to pylate --out runs/scores.parquet
+    """
+    from retrieval_kd.data.score_formats.convert import OWN, convert_scores
+
+    def work() -> object:
+        return convert_scores(
+            source,
+            from_format=from_format,
+            to_format=to_format,
+            out=out,
+            collection=collection,
+            labels=labels,
+            negatives=negatives,
+            score_kind=score_kind,
+            force=force,
+        )
+
+    if to_format == OWN:
+        make(out, work, as_json)
+        return
+    work()
+    if as_json:
+        print_json({"path": str(out), "format": to_format, "bytes": out.stat().st_size})
+    else:
+        typer.echo(f"{out}: {to_format}")
+
+
+@scores_app.command("ensemble")
+def ensemble(
+    recipe: Annotated[str, typer.Argument(help="An ensemble recipe: a file, or the name of a shipped one.")],
+    scores: Annotated[list[str], typer.Argument(metavar="[NAME=]SCORES...", help="The score files to combine.")],
+    out: Out,
+    overrides: Overrides = None,
+    force: Force = False,
+    as_json: Json = False,
+    verbose: Verbose = None,
+) -> None:
+    """Combine the score files of several teachers into one.
+
+    \b
+    Example: retrieval-kd scores ensemble teachers/ensemble-t2 a=runs/scores-a b=runs/scores-b --out runs/scores
+    """
+    from retrieval_kd.teachers.ensemble import ensemble_scores
+
+    members = by_name_of("SCORES", scores)
+    make(out, lambda: ensemble_scores(recipe, members, out=out, overrides=overrides or (), force=force), as_json)

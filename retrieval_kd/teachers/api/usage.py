@@ -1,0 +1,186 @@
+"""What a run has used of an endpoint, kept over resumes and shared by processes, and the budget it must not pass."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import Field
+
+from retrieval_kd.errors import RetrievalKDError
+from retrieval_kd.recipe import Section
+from retrieval_kd.teachers.api.cache import connect, readable
+
+_COUNTERS = (
+    "requests",
+    "retried",
+    "cached_answers",
+    "estimated",
+    "prompt_tokens",
+    "completion_tokens",
+    "reserved_prompt",
+    "reserved_completion",
+)
+
+
+class BudgetError(RetrievalKDError):
+    """The next request could pass the budget; finished answers are kept."""
+
+
+class Price(Section):
+    """What an endpoint charges for a million tokens, in any one currency."""
+
+    input: float = Field(ge=0)
+    output: float = Field(ge=0)
+
+
+class Budget(NamedTuple):
+    """Hard limits of one run; None is no limit."""
+
+    money: float | None = None
+    tokens: int | None = None
+    price: Price | None = None
+
+    def cost(self, tokens: Tokens) -> float:
+        """The price of some tokens, 0 when no price is known."""
+        if self.price is None:
+            return 0.0
+        return (tokens.prompt * self.price.input + tokens.completion * self.price.output) / 1e6
+
+    def allows(self, tokens: Tokens) -> bool:
+        """Whether a run may have used ``tokens`` in all."""
+        return (self.tokens is None or tokens.prompt + tokens.completion <= self.tokens) and (
+            self.money is None or self.cost(tokens) <= self.money
+        )
+
+
+class Tokens(NamedTuple):
+    """Tokens of prompts and of answers."""
+
+    prompt: int
+    completion: int
+
+
+class Ledger:
+    """Counts of one run in ``path``, for several threads and processes.
+
+    A request's worst case is reserved before it is sent and replaced by what it used. A process that is killed leaves
+    its reservations: they may have been charged, so they count for good.
+    """
+
+    def __init__(self, path: Path | str, budget: Budget) -> None:
+        self.path = path
+        self.budget = budget
+        self._settled = threading.Condition()
+        self._in_flight = 0
+        columns = ", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in _COUNTERS)
+        with self._locked():
+            self._connection = connect(path)
+            weakref.finalize(self, self._connection.close)
+            self._connection.execute(f"CREATE TABLE IF NOT EXISTS usage (id INTEGER PRIMARY KEY, {columns})")
+            self._connection.execute("CREATE TABLE IF NOT EXISTS served (model TEXT PRIMARY KEY)")
+            self._connection.execute("INSERT OR IGNORE INTO usage (id) VALUES (0)")
+
+    def reserve(self, worst: Tokens, *, retried: bool) -> None:
+        """Counts a request at its worst case; `BudgetError` when it does not fit, even with nothing in flight."""
+        with self._locked():
+            while not self._reserved(worst, retried):
+                if not self._in_flight:
+                    raise self._spent(worst)
+                self._settled.wait()
+            self._in_flight += 1
+
+    def settle(self, worst: Tokens, used: Tokens, *, estimated: bool) -> None:
+        """Replaces a request's reservation by what it used; ``estimated`` when the endpoint did not say."""
+        with self._locked():
+            self._in_flight -= 1
+            self._connection.execute(
+                "UPDATE usage SET reserved_prompt = reserved_prompt - ?, reserved_completion = reserved_completion - ?,"
+                " prompt_tokens = prompt_tokens + ?, completion_tokens = completion_tokens + ?,"
+                " estimated = estimated + ?",
+                (*worst, *used, estimated),
+            )
+            self._settled.notify_all()
+
+    def note(self, cached_answers: int, models: Iterable[str]) -> None:
+        """Counts answers that came from the cache, and remembers the models that have answered."""
+        with self._locked():
+            self._connection.execute("UPDATE usage SET cached_answers = cached_answers + ?", (cached_answers,))
+            self._connection.executemany("INSERT OR IGNORE INTO served VALUES (?)", [(model,) for model in models])
+
+    def models(self) -> list[str]:
+        """The models that have answered, as the endpoint calls them."""
+        with self._locked():
+            rows = self._connection.execute("SELECT model FROM served ORDER BY model").fetchall()
+        return [model for (model,) in rows]
+
+    def usage(self) -> dict[str, Any]:
+        """The run's requests, tokens and their cost (None without a price), in no currency but the price's own.
+
+        ``requests`` includes the ``retried`` ones. ``estimated`` are those whose tokens the endpoint did not tell,
+        counted at their worst case. ``unsettled_tokens``, in the cost but in no other number, are the worst case of
+        requests whose process was killed, or is still at work.
+        """
+        with self._locked():
+            row = self._row()
+        used, reserved = _sums(row)
+        return {
+            **{name: row[name] for name in _COUNTERS[:6]},
+            "unsettled_tokens": sum(reserved),
+            "cost": None if self.budget.price is None else round(self.budget.cost(_add(used, reserved)), 6),
+        }
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        mend = "delete it to go on (what the run has used until now is then no longer counted)"
+        with self._settled, readable(self.path, "record of what the run has used", mend):
+            yield
+
+    def _reserved(self, worst: Tokens, retried: bool) -> bool:
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")  # no other process reads the sums before they are changed
+        try:
+            used, reserved = _sums(self._row())
+            fits = self.budget.allows(_add(_add(used, reserved), worst))
+            if fits:
+                connection.execute(
+                    "UPDATE usage SET requests = requests + 1, retried = retried + ?,"
+                    " reserved_prompt = reserved_prompt + ?, reserved_completion = reserved_completion + ?",
+                    (retried, *worst),
+                )
+        finally:
+            connection.execute("COMMIT")
+        return fits
+
+    def _spent(self, worst: Tokens) -> BudgetError:
+        row = self._row()
+        used, reserved = _sums(row)
+        total = _add(used, reserved)
+        key, limit = ("budget", self.budget.money)
+        spent, asked = f"{self.budget.cost(total):.6g}", f"{self.budget.cost(worst):.6g}"
+        if self.budget.tokens is not None and sum(_add(total, worst)) > self.budget.tokens:
+            key, limit = "budget_tokens", self.budget.tokens
+            spent, asked = f"{sum(total)} tokens", f"{sum(worst)} tokens"
+        pending = f", {sum(reserved)} tokens of it held by requests of other processes" if sum(reserved) else ""
+        return BudgetError(
+            f"the budget is spent: {spent} of {limit} used by {row['requests']} requests{pending}, and the next one "
+            f"may take {asked}; finished answers are kept and not paid for again: run the same command again with a "
+            f"larger one (--set {key}=…)"
+        )
+
+    def _row(self) -> dict[str, int]:
+        values = self._connection.execute(f"SELECT {', '.join(_COUNTERS)} FROM usage").fetchone()
+        return dict(zip(_COUNTERS, values, strict=True))
+
+
+def _sums(row: dict[str, int]) -> tuple[Tokens, Tokens]:
+    used = Tokens(row["prompt_tokens"], row["completion_tokens"])
+    return used, Tokens(row["reserved_prompt"], row["reserved_completion"])
+
+
+def _add(a: Tokens, b: Tokens) -> Tokens:
+    return Tokens(a.prompt + b.prompt, a.completion + b.completion)

@@ -1,0 +1,117 @@
+"""A language model as pointwise teacher: how much likelier its yes than its no, as log-odds.
+
+monoT5 (Nogueira et al. 2020, arXiv 2003.06713) and Qwen3-Reranker (arXiv 2506.05176) are asked so; the log-odds are
+kept and not the probability, which saturates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from retrieval_kd.artifact import InputRef
+from retrieval_kd.errors import InputError, RecipeError
+from retrieval_kd.models.language_model import LanguageModel, Precision, PromptText
+from retrieval_kd.models.load import ModelSource, find_model
+from retrieval_kd.teachers.base import Candidates, ModelTeacherRecipe, Scored, Teacher
+from retrieval_kd.teachers.prompt_fitting import fit_prompts
+from retrieval_kd.teachers.prompts import PromptedRecipe, prompt_of
+
+
+class LLMPointwiseTeacher(Teacher):
+    """Scores by logit(positive) − logit(negative) of the first token of the answer."""
+
+    class Recipe(PromptedRecipe, ModelTeacherRecipe):
+        """Keys of ``kind: llm-pointwise``."""
+
+        kind: Literal["llm-pointwise"]
+        max_length: int = Field(default=512, ge=16)
+        """Tokens of a whole prompt; a document is cut where it does not fit."""
+        batch_tokens: int | None = Field(default=None, ge=1)
+        """Padded tokens of a batch; by default as many as suit the device."""
+        precision: Precision = "auto"
+        pairs_per_shard: int = Field(default=1024, ge=1)
+
+    recipe: Recipe
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.prompt = prompt_of(recipe, "pointwise")
+        if self.prompt.grades is not None:
+            raise RecipeError(
+                f"prompt '{recipe.prompt}' asks for a grade, which kind llm-pointwise does not read; "
+                "take one with positive: and negative:, or kind: api"
+            )
+
+    @property
+    def score_kind(self) -> str:
+        """``log_odds``."""
+        return "log_odds"
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """Where the model is."""
+        return find_model(self.recipe.model, self.recipe.revision)
+
+    def ref(self) -> InputRef:
+        """The model's reference."""
+        return self.source.ref()
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        """The loaded model. Raises `InputError` when it does not go with the recipe."""
+        model = LanguageModel.load(self.source, precision=self.recipe.precision)
+        model.check_length(self.recipe.max_length)
+        if model.encoder_decoder and self.prompt.answer_start:
+            raise InputError(f"model '{self.source.name}' is an encoder-decoder: answer_start: cannot begin its answer")
+        return model
+
+    def details(self) -> dict[str, Any]:
+        """Model, revision, length, dtype and prompt."""
+        return {
+            "model": self.source.name,
+            "revision": self.source.revision,
+            "max_length": self.recipe.max_length,
+            "dtype": self.model.dtype,
+            "prompt": self.recipe.prompt,
+            "prompt_sha256": self.prompt.sha256,
+        }
+
+    def score(self, shard: Sequence[Candidates], texts: Sequence[Sequence[str]]) -> Scored:
+        """Log-odds, NaN where the model gives NaN; prompts of similar length share a batch."""
+        pairs = [(query, text) for query, of_query in zip(shard, texts, strict=True) for text in of_query]
+        fitted = fit_prompts(
+            self.model,
+            lambda i, documents: self._rendered(pairs[i][0].text, documents[0]),
+            [[text] for _, text in pairs],
+            max_length=self.recipe.max_length,
+            answer_start=self.prompt.answer_start,
+            names=[f"query '{query.query_id}'" for query, _ in pairs],
+        )
+        logits = self.model.next_token_logits(fitted.tokens, self._answers, self.recipe.batch_tokens)
+        bounds = np.cumsum([len(of_query) for of_query in texts])[:-1]
+        log_odds = logits[:, 0] - logits[:, 1]
+        return Scored(np.split(log_odds, bounds), np.split(np.concatenate(fitted.tokens_lost), bounds))
+
+    def _rendered(self, query: str, document: str) -> PromptText:
+        return self.prompt.pointwise(query, document, self.recipe.instruction)
+
+    @cached_property
+    def _answers(self) -> list[int]:
+        """The tokens of the positive and the negative answer where they follow the prompt."""
+        before = self.model.rendered(self._rendered("", ""), self.prompt.answer_start)
+        mend = "take answers of one token in the prompt"
+        positive, negative = (
+            self.model.answer_token(before, str(answer), mend)
+            for answer in (self.prompt.positive, self.prompt.negative)
+        )
+        if positive == negative:
+            raise InputError(
+                f"'{self.prompt.positive}' and '{self.prompt.negative}' are the same token of model "
+                f"'{self.source.name}'; {mend}"
+            )
+        return [positive, negative]

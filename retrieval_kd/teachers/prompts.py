@@ -1,0 +1,182 @@
+"""Prompts of language-model teachers: YAML files under ``teachers/prompts/``, checked, rendered and hashed.
+
+A prompt is raw ``text`` for the tokenizer, or chat ``messages``. Placeholders are ``{query}``, ``{document}`` and
+``{instruction}`` in a pointwise prompt; ``{query}``, ``{number}`` and ``{passages}`` in a listwise one, whose
+``passage`` line has ``{identifier}`` and ``{document}``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, model_validator
+
+from retrieval_kd.errors import RecipeError, did_you_mean
+from retrieval_kd.recipe import Section, recipe_roots, validate
+from retrieval_kd.teachers.base import TeacherRecipe
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_PLACEHOLDER = re.compile(r"\{(query|document|instruction|number|passages|identifier)\}")
+_NEEDED = {"pointwise": {"query", "document"}, "listwise": {"query", "passages"}}
+_ALLOWED = {"pointwise": {"query", "document", "instruction"}, "listwise": {"query", "passages", "number"}}
+
+
+class Message(Section):
+    """One turn of a chat. A turn with ``each_passage`` is repeated for every passage of a window."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+    each_passage: bool = False
+
+
+class Prompt(Section):
+    """A prompt file. Exactly one of ``text`` and ``messages`` is given."""
+
+    kind: Literal["pointwise", "listwise"]
+    text: str | None = None
+    messages: tuple[Message, ...] | None = None
+    answer_start: str = ""
+    """What the model's answer is made to begin with, such as ``[``."""
+    instruction: str = ""
+    """The value of ``{instruction}`` where the recipe gives none."""
+    positive: str | None = None
+    """Pointwise: the answer (one token) that says relevant."""
+    negative: str | None = None
+    grades: tuple[int, int] | None = None
+    """Pointwise, instead of two answers: the lowest and the highest grade that an answer may give."""
+    passage: str = "[{identifier}] {document}"
+    identifiers: Literal["numbers", "letters"] = "numbers"
+    passage_words: int | None = Field(default=None, ge=1)
+    """Listwise: a passage is cut to this many words before anything else."""
+
+    @model_validator(mode="after")
+    def _placeholders_are_there(self) -> Self:
+        if (self.text is None) == (self.messages is None):
+            raise ValueError("give either text: or messages:")
+        found = set(_PLACEHOLDER.findall("\n".join(self._templates())))
+        per_passage = any(message.each_passage for message in self.messages or ())
+        needed = set(_NEEDED[self.kind]) - ({"passages"} if per_passage else set())
+        if missing := sorted(needed - found):
+            raise ValueError(f"the placeholder {' and '.join(f'{{{name}}}' for name in missing)} is missing")
+        allowed = _ALLOWED[self.kind] | ({"identifier", "document"} if per_passage else set())
+        if extra := sorted(found - allowed):
+            raise ValueError(f"a {self.kind} prompt has no {{{extra[0]}}}{did_you_mean(extra[0], allowed)}")
+        if self.kind == "listwise":
+            if missing := sorted({"identifier", "document"} - set(_PLACEHOLDER.findall(self.passage))):
+                raise ValueError(f"passage: the placeholder {{{missing[0]}}} is missing")
+        elif (self.positive is None or self.negative is None) == (self.grades is None):
+            raise ValueError("a pointwise prompt needs positive: and negative:, or grades: [lowest, highest]")
+        if self.grades is not None and self.grades[0] >= self.grades[1]:
+            raise ValueError("grades: the lowest comes first")
+        return self
+
+    @property
+    def sha256(self) -> str:
+        """Hash of everything the prompt says."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def most_passages(self) -> int | None:
+        """The number of identifiers there are, None for any number."""
+        return len(LETTERS) if self.identifiers == "letters" else None
+
+    @property
+    def takes_instruction(self) -> bool:
+        """It has a place for an instruction."""
+        return any("{instruction}" in template for template in self._templates())
+
+    def identifiers_of(self, n: int) -> list[str]:
+        """The identifiers of a window of ``n`` passages: ``1``, ``2`` and so on, or ``A``, ``B``."""
+        if self.identifiers == "numbers":
+            return [str(i + 1) for i in range(n)]
+        if n > len(LETTERS):
+            raise RecipeError(f"{n} passages in a window, but there are {len(LETTERS)} letters; use a smaller window")
+        return list(LETTERS[:n])
+
+    def pointwise(self, query: str, document: str, instruction: str | None = None) -> str | list[dict[str, str]]:
+        """The prompt for one pair: raw text, or chat messages (``role``, ``content``)."""
+        values = {"query": query, "document": document, "instruction": instruction or self.instruction}
+        return self._rendered(values, ())
+
+    def listwise(self, query: str, passages: Sequence[str]) -> str | list[dict[str, str]]:
+        """The prompt for a window; bracketed identifiers inside a passage become round, so that none is confused."""
+        names = self.identifiers_of(len(passages))
+        bracketed = re.compile(rf"\[({'|'.join(names)}|\d+)\]" if names else r"\[(\d+)\]")
+        each = [
+            {"identifier": name, "document": bracketed.sub(r"(\1)", text), "query": query, "number": str(len(names))}
+            for name, text in zip(names, passages, strict=True)
+        ]
+        lines = "\n".join(_fill(self.passage, values) for values in each)
+        return self._rendered({"query": query, "number": str(len(names)), "passages": lines}, each)
+
+    def _templates(self) -> list[str]:
+        return [self.text or ""] if self.messages is None else [message.content for message in self.messages]
+
+    def _rendered(self, values: Mapping[str, str], each: Sequence[Mapping[str, str]]) -> str | list[dict[str, str]]:
+        if self.messages is None:
+            return _fill(self.text or "", values)
+        turns: list[dict[str, str]] = []
+        start = 0
+        messages = list(self.messages)
+        while start < len(messages):
+            stop = start + 1
+            if messages[start].each_passage:  # neighbouring turns alternate passage by passage
+                while stop < len(messages) and messages[stop].each_passage:
+                    stop += 1
+            for of_passage in each if messages[start].each_passage else [values]:
+                turns += [
+                    {"role": message.role, "content": _fill(message.content, of_passage)}
+                    for message in messages[start:stop]
+                ]
+            start = stop
+        return turns
+
+
+class PromptedRecipe(TeacherRecipe):
+    """The keys of a teacher that is asked by a prompt."""
+
+    prompt: str
+    """The name of a file in ``teachers/prompts/``, or a path."""
+    instruction: str | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """The recipe and the content of its prompt."""
+        return super().identity() | {"prompt_sha256": load_prompt(self.prompt).sha256}
+
+
+def load_prompt(name: str) -> Prompt:
+    """The prompt called ``name`` (``qwen3-reranker``) or in the file ``name``. Raises `RecipeError` naming the file."""
+    shipped = {
+        path.stem: path for root in recipe_roots() for path in sorted((root / "teachers" / "prompts").glob("*.yaml"))
+    }
+    path = Path(name) if Path(name).is_file() else shipped.get(name.removesuffix(".yaml"))
+    if path is None:
+        raise RecipeError(f"prompt '{name}': no such file, and none in teachers/prompts/{did_you_mean(name, shipped)}")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a prompt is a mapping with a 'kind:' key")
+    return validate(Prompt, raw, str(path))
+
+
+def prompt_of(recipe: PromptedRecipe, kind: Literal["pointwise", "listwise"]) -> Prompt:
+    """The recipe's prompt. Raises `RecipeError` when it is of another kind, or has no place for the instruction."""
+    prompt = load_prompt(recipe.prompt)
+    if prompt.kind != kind:
+        raise RecipeError(f"prompt '{recipe.prompt}' is {prompt.kind}; kind {recipe.kind} needs a {kind} prompt")
+    if recipe.instruction is not None and not prompt.takes_instruction:
+        raise RecipeError(f"prompt '{recipe.prompt}' has no {{instruction}}; leave the recipe's instruction: out")
+    return prompt
+
+
+def _fill(template: str, values: Mapping[str, str]) -> str:
+    """``template`` with its placeholders replaced in one pass: braces in a text stay what they are."""
+    return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
