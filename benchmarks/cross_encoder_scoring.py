@@ -3,9 +3,9 @@
 Run: python benchmarks/cross_encoder_scoring.py --beir $BEIR_DIR/scifact [--queries 300] [--depth 50] [--out FILE.json]
 The pairs are queries of a split with BM25's best documents. The model has the built-in MiniLM-L6's weights and a random
 head, which changes no time. Every round runs each system once, one after another, so that a machine that is busy with
-other work shows in the spread of the rounds; "x predict" is the median over the rounds of a system's speed divided by the
-faster predict's of the same round. The whole of 300 x 50 pairs takes most of an hour on two cores; --queries
-12 takes some minutes.
+other work shows in the spread of the rounds; "x predict" is the median over the rounds of a system's speed divided by
+that of the faster predict in the same round. A round of 300 x 50 pairs takes most of an hour on two cores, one of
+--queries 12 two minutes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Scorer = Callable[[], np.ndarray]
 
 
 def make_model(path: Path) -> None:
-    """Writes the built-in encoder with a random head (seed 0), large enough for logits that spread like a real one's."""
+    """Writes the built-in encoder with a random head (seed 0) whose logits spread as a real one's do."""
     import torch
     from sentence_transformers import CrossEncoder
 

@@ -162,9 +162,11 @@ def _refuse_strangers(parts: Sequence[str | Path], loaded: Sequence[Scores]) -> 
                 raise ArtifactError(f"{path}: made with another {name} than {parts[0]}; a merge has one teacher")
         theirs, ours = teacher_identity(part.manifest.recipe), teacher_identity(loaded[0].manifest.recipe)
         differ = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-        if differ or part.score_kind != loaded[0].score_kind:
+        details = (part.manifest.details, loaded[0].manifest.details)
+        differ += [key for key in ("score_kind", "dtype") if details[0].get(key) != details[1].get(key)]
+        if differ:
             raise ArtifactError(
-                f"{path}: its teacher differs from that of {parts[0]} in {', '.join(differ) or 'score_kind'}; "
+                f"{path}: its teacher differs from that of {parts[0]} in {', '.join(differ)}; "
                 "combine different teachers with: retrieval-kd scores ensemble"
             )
 

@@ -151,16 +151,17 @@ class CrossEncoderTeacher(Teacher):
                 f"{name} has no padding token, so that its pairs cannot share a batch; save a copy whose tokenizer "
                 "has a pad_token and whose config has its pad_token_id"
             )
-        length, positions = model.max_seq_length, _positions(model)
+        length, positions = self.recipe.max_length, _positions(model)
         if length is not None and positions is not None and length > positions:
             raise InputError(
                 f"{name} has {positions} positions, but max_length is {length}; set max_length={positions}"
             )
 
-    @property
+    @cached_property
     def _limit(self) -> int | None:
         """Tokens of a pair that the model reads; None without a limit (tokenizers then say a huge number)."""
-        limit = self._model.max_seq_length
+        limits = [limit for limit in (self._model.max_seq_length, _positions(self._model)) if limit is not None]
+        limit = min(limits, default=None)
         return None if limit is None or limit > 10**9 else int(limit)
 
     @property
@@ -238,7 +239,12 @@ class CrossEncoderTeacher(Teacher):
             quantize_int8(whole / "model.onnx", draft / "model.onnx")
             shutil.rmtree(whole)
         by_onnx, _ = self._logits(OnnxSession(draft / "model.onnx"), queries, documents)
-        found = deviation(by_onnx, by_torch)
+        finite = np.isfinite(by_torch)  # a pair that torch cannot score either says nothing about the export
+        if not finite.any():
+            raise RetrievalKDError(
+                f"model '{self.source.name}' gives NaN or infinite scores for all of {len(finite)} pairs"
+            )
+        found = deviation(by_onnx[finite], by_torch[finite])
         if self.recipe.backend == "onnx" and not found.max <= EXPORT_TOLERANCE:
             raise RetrievalKDError(
                 f"model '{self.source.name}': its ONNX export is off by {found.max:.3g} from torch on "

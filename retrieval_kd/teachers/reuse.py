@@ -8,14 +8,21 @@ from pathlib import Path
 from retrieval_kd.data.score_rows import ScoreRows
 from retrieval_kd.data.scores import Scores, teacher_identity
 from retrieval_kd.errors import ArtifactError
+from retrieval_kd.teachers.base import Teacher
 
 
 class KnownScores:
     """What score files of the same teacher know about a query."""
 
-    def __init__(self, paths: Sequence[str | Path], independent: bool) -> None:
+    def __init__(self, paths: Sequence[str | Path], teacher: Teacher) -> None:
+        """Raises `ArtifactError` for scores that were computed in another precision than the teacher's."""
+        dtype = teacher.details().get("dtype")
+        for path in paths:
+            theirs = Scores.load(path).manifest.details.get("dtype")
+            if theirs != dtype:
+                raise ArtifactError(f"{path}: scored in {theirs}, this run in {dtype}; set precision, or drop --reuse")
         self._files = [ScoreRows(Scores.load(path)) for path in paths]
-        self._independent = independent
+        self._independent = teacher.independent
 
     def find(self, query_id: str, doc_ids: Sequence[str]) -> dict[int, tuple[float, int]]:
         """Position in ``doc_ids`` → score and tokens lost. A listwise teacher's scores hold for the same list only."""

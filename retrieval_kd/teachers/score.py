@@ -185,7 +185,7 @@ def _in_this_process(
     finish: Callable[[int, Callable[[Task], Outcome]], Any],
 ) -> Iterator[tuple[int | None, Any]]:
     scorer.teacher.prepare(job)
-    scorer.known = KnownScores(reuse, scorer.teacher.independent) if reuse else None
+    scorer.known = KnownScores(reuse, scorer.teacher) if reuse else None
     for i in shards:
         yield i, finish(i, scorer.run)
     yield None, describe(scorer)

@@ -96,7 +96,7 @@ def _scorer(job: dict[str, Any]) -> ShardScorer:
     with FileLock(work / "prepare.lock"):
         mine = CandidateSlice(candidates, range(*job["span"]))
         teacher.prepare(ScoringJob(collection, mine, vectors, work))
-    known = KnownScores(job["reuse"], teacher.independent) if job["reuse"] else None
+    known = KnownScores(job["reuse"], teacher) if job["reuse"] else None
     return ShardScorer(teacher, collection, candidates, [range(*ends) for ends in job["shards"]], out, known)
 
 

@@ -32,6 +32,7 @@ def make(
     recipe: dict[str, Any] | None = None,
     failed: Sequence[Sequence[str]] = (),
     independent: bool = True,
+    dtype: str = "float32",
     **inputs: str,
 ) -> Path:
     """A score file of one row a shard."""
@@ -60,7 +61,7 @@ def make(
             path = draft.path / f"shard-{i:05d}-of-{shards:05d}.parquet"
             write_shard(path, [row[0]], [row[1]], [one.scores], statistics[-1], [lost])
         draft.counts.update(total_counts(statistics))
-        draft.details.update({"score_kind": "logit", "teacher": "made", "independent": independent})
+        draft.details.update({"score_kind": "logit", "teacher": "made", "dtype": dtype, "independent": independent})
         write_failed(draft.path, list(failed))
     return out
 
@@ -154,6 +155,7 @@ def test_strangers_are_refused(tmp_path: Path) -> None:
         ("model", {"model": "xx"}, "made with another model"),
         ("collection", {"collection": "xx"}, "made with another collection"),
         ("recipe", {"recipe": {"max_length": 8}}, "differs from that of .* in max_length; combine .* ensemble"),
+        ("precision", {"dtype": "bfloat16"}, "differs from that of .* in dtype"),
     ):
         other = make(tmp_path / name, {0: ROWS[0]}, shards=1, **changes)  # type: ignore[arg-type]
         with pytest.raises(ArtifactError, match=message):

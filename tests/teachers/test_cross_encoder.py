@@ -115,6 +115,19 @@ def test_truncation_is_that_of_predict_and_counted_for_each_pair(collection: Col
     assert lost[0].tolist() == [6 + 4 + 3 - 8, 6 + 1 + 3 - 8, 6 + 7 + 3 - 8]
 
 
+def test_a_tokenizer_without_a_length_is_cut_at_the_positions(cross_encoder: Path, tmp_path: Path) -> None:
+    """64 positions; [CLS] 1 word [SEP] 70 words [SEP] are 74 tokens."""
+    shutil.copytree(cross_encoder, tmp_path / "endless")
+    tiny.tokenizer(max_length=10**30).save_pretrained(tmp_path / "endless")
+    scorer = teacher(tmp_path / "endless")
+    shard, texts = [Candidates("q", "w1", np.arange(1))], [["w2 w3 w4 w5 w6 w7 w8 " * 10]]
+    scores, lost = scorer.score(shard, texts)
+    assert lost[0].tolist() == [10] and scorer.details()["max_length"] == 64
+    np.testing.assert_allclose(
+        scores[0], predicted(cross_encoder_at(cross_encoder, max_length=64), shard, texts), atol=1e-5
+    )
+
+
 def test_empty_texts_are_scored(cross_encoder: Path) -> None:
     shard = [Candidates("empty", "", np.arange(2)), Candidates("full", "w1", np.arange(1))]
     texts = [["w2 w3", ""], [""]]
@@ -246,6 +259,25 @@ def test_a_wrong_export_stops_the_run(
     assert not (tmp_path / "onnx").exists()
     with pytest.raises(RetrievalKDError, match=r"exported by prepare\(\)"):
         scorer.score(*shard_of(collection))
+
+
+def test_pairs_that_torch_cannot_score_say_nothing_about_the_export(
+    collection: Collection, cross_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """w7 gives NaN and is in document 7 alone: 10 of 11 pairs are compared."""
+    import retrieval_kd.teachers.cross_encoder as module
+
+    spoilt = tiny.spoil(Path(shutil.copytree(cross_encoder, tmp_path / "spoilt")))
+    scorer = teacher(spoilt, backend="onnx")
+    monkeypatch.setattr(module, "export_onnx", lambda *_, **__: None)
+    monkeypatch.setattr(module, "OnnxSession", lambda _: scorer._torch_forward)
+    scorer.prepare(ScoringJob(collection, shard_of(collection)[0], [], tmp_path))
+    tau = pytest.approx(1)
+    assert scorer.details()["deviation_from_torch"] == {"pairs": 10, "max": 0, "mean": 0, "kendall_tau": tau}
+    only = [Candidates("q", "w7", np.arange(2))]
+    (tmp_path / "other").mkdir()
+    with pytest.raises(RetrievalKDError, match="NaN or infinite scores for all of 2 pairs"):
+        teacher(spoilt, backend="onnx").prepare(ScoringJob(collection, only, [], tmp_path / "other"))
 
 
 def test_onnx_recipes_that_cannot_be_right(cross_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -358,6 +358,15 @@ def test_reuse_of_another_teacher_is_refused(
         score(recipe, **arguments, collection=changed, reuse=[first.path])
 
 
+def test_reuse_of_scores_in_another_precision_is_refused(
+    recipe: str, collection: Collection, candidates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = score(recipe, collection=collection, candidates=[candidates], out=tmp_path / "first")
+    monkeypatch.setattr(trivial.TrivialTeacher, "details", lambda _: {"dtype": "bfloat16"})
+    with pytest.raises(ArtifactError, match="scored in None, this run in bfloat16"):
+        score(recipe, collection=collection, candidates=["qrels:dev"], out=tmp_path / "s", reuse=[first.path])
+
+
 def test_identity_leaves_out_what_is_scored_and_how_it_is_divided() -> None:
     recipe = {"kind": "x", "model": "m", "depth": 3, "pairs_per_shard": 5, "slice": "1/2", "candidates": []}
     assert teacher_identity(recipe) == {"kind": "x", "model": "m"}
