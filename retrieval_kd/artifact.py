@@ -27,13 +27,16 @@ from retrieval_kd.errors import ArtifactError, OutputExistsError, RetrievalKDErr
 FORMATS: dict[str, int] = {
     "collection": 1,
     "run": 1,
-    "scores": 1,
+    "scores": 2,
     "model": 1,
     "vectors": 1,
     "index": 1,
     "report": 1,
 }
 """The format version this release reads and writes, by kind of artifact."""
+
+OLDEST = {"scores": 2}
+"""The oldest format version that is still read, where that is not the first."""
 
 MANIFEST = "manifest.json"
 CURRENT = "CURRENT"
@@ -116,6 +119,10 @@ class Manifest:
                 f"{path}: {manifest.artifact} format {manifest.format} is newer than this version reads; "
                 "upgrade retrieval-kd"
             )
+        if manifest.format < OLDEST.get(manifest.artifact, 1):
+            raise ArtifactError(
+                f"{path}: {manifest.artifact} format {manifest.format} is older than this version reads; make it again"
+            )
         return manifest
 
 
@@ -137,8 +144,7 @@ class Artifact:
         directory = resolve(Path(path))
         manifest = Manifest.read(directory)
         if manifest.artifact != cls.kind:
-            article = "an" if cls.kind[0] in "aeiou" else "a"
-            raise ArtifactError(f"{path}: this is a {manifest.artifact} artifact; {article} {cls.kind} is needed here")
+            raise ArtifactError(f"{path}: holds {_named(manifest.artifact)}; {_named(cls.kind)} is needed here")
         problems = damaged_files(directory, manifest, checksums=verify)
         if problems:
             raise ArtifactError(f"{path}: {problems[0]}; make the artifact again or restore it")
@@ -201,8 +207,12 @@ class Plan:
         }
 
     def finished(self, out: Path, *, force: bool = False) -> bool:
-        """True when ``out`` is exactly this work, finished. Raises `OutputExistsError` when it is something else."""
+        """True when ``out`` is exactly this work, finished. Raises `OutputExistsError` when it is something else.
+
+        A finished draft that a crash kept from being renamed is renamed now.
+        """
         _recover(out)
+        self._publish_sealed(out)
         if not out.exists():
             return False
         try:
@@ -212,12 +222,15 @@ class Plan:
                 return False
             what = "exists and is not a finished artifact"
             raise OutputExistsError(f"{out} {what}; pass --force to replace it") from error
-        same = _digest(_identity_of(manifest)) == self.key
-        if same and not damaged_files(resolve(out), manifest, checksums=False):
+        if self._stands_at(out):
             return True
         if force:
             return False
-        what = "is damaged" if same else f"was made from {_difference(manifest, self)}"
+        what = (
+            "is damaged"
+            if _digest(_identity_of(manifest)) == self.key
+            else f"was made from {_difference(manifest, self)}"
+        )
         raise OutputExistsError(f"{out} exists and {what}; choose another --out or pass --force to replace it")
 
     @contextmanager
@@ -233,7 +246,7 @@ class Plan:
         from filelock import FileLock, Timeout
 
         partial = _sibling(out, ".partial")
-        with _writing_to(out):
+        with writing_to(out):
             partial.mkdir(parents=True, exist_ok=True)
             lock = FileLock(partial / ".lock", timeout=0)
             try:
@@ -241,6 +254,9 @@ class Plan:
             except Timeout:
                 raise OutputExistsError(f"{partial}: another process is writing it; wait for it to end") from None
             try:
+                if not force and self._stands_at(out):
+                    _remove(partial)
+                    raise OutputExistsError(f"{out}: another process has finished it meanwhile; nothing is left to do")
                 resumed = self._prepare(partial, force=force, resumable=resumable)
                 home = partial / generation if generation else partial
                 home.mkdir(exist_ok=True)
@@ -251,16 +267,42 @@ class Plan:
                     if not resumable:
                         _empty(partial)
                     raise
-                shutil.rmtree(home / WORK, ignore_errors=True)
                 final = out / generation if generation else out
                 self._seal(draft, final)
                 if generation:
                     write_atomically(partial / CURRENT, (generation + "\n").encode())
-                (partial / "plan.json").unlink()
+                shutil.rmtree(home / WORK, ignore_errors=True)
+                _publish(partial, out)  # while it is locked: nobody else may take the draft for unfinished
+                for name in ("plan.json", ".lock"):
+                    (out / name).unlink(missing_ok=True)
             finally:
                 lock.release()
-            (partial / ".lock").unlink(missing_ok=True)
-            _publish(partial, out)
+
+    def _stands_at(self, out: Path) -> bool:
+        """Whether ``out`` is this work, finished and whole (by the sizes of its files)."""
+        try:
+            manifest = Manifest.read(resolve(out))
+        except ArtifactError:
+            return False
+        same = _digest(_identity_of(manifest)) == self.key
+        return same and not damaged_files(resolve(out), manifest, checksums=False)
+
+    def _publish_sealed(self, out: Path) -> None:
+        """Renames a draft of this plan whose manifest is there: nothing was left to do but that."""
+        from filelock import FileLock, Timeout
+
+        partial = _sibling(out, ".partial")
+        if not is_artifact(partial):
+            return
+        try:
+            with FileLock(partial / ".lock", timeout=0):
+                manifest = Manifest.read(resolve(partial))
+                if _digest(_identity_of(manifest)) == self.key and not damaged_files(resolve(partial), manifest):
+                    _publish(partial, out)
+                    for name in ("plan.json", ".lock"):
+                        (out / name).unlink(missing_ok=True)
+        except (Timeout, ArtifactError):
+            return  # another process is about to rename it, or it is not whole after all
 
     def _prepare(self, partial: Path, *, force: bool, resumable: bool) -> bool:
         """Empties or keeps what a former attempt left; True when its work can be used."""
@@ -391,7 +433,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that a crash leaves either the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with _writing_to(path):
+    with writing_to(path):
         try:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -429,6 +471,11 @@ def _identity_of(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def _named(kind: str) -> str:
+    """A kind of artifact with its article."""
+    return kind if kind.endswith("s") else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
 def _difference(manifest: Manifest, plan: Plan) -> str:
     if manifest.artifact != plan.artifact:
         return f"something else: it is a {manifest.artifact}"
@@ -453,7 +500,7 @@ def _why_no_manifest(directory: Path) -> str:
 
 def _content(directory: Path) -> Iterator[Path]:
     for path in directory.rglob("*"):
-        if path.is_file() and path.name not in _NOT_CONTENT:
+        if path.is_file() and path.name not in _NOT_CONTENT and WORK not in path.relative_to(directory).parts[:1]:
             yield path
 
 
@@ -510,7 +557,8 @@ def _recover(out: Path) -> None:
 
 
 @contextmanager
-def _writing_to(out: Path) -> Iterator[None]:
+def writing_to(out: Path) -> Iterator[None]:
+    """Turns a full disk into a `RetrievalKDError` that names ``out``."""
     try:
         yield
     except OSError as error:

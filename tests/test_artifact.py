@@ -128,7 +128,7 @@ def test_the_wrong_kind_is_refused(tmp_path: Path) -> None:
         kind = "index"
 
     write(tmp_path / "out")
-    with pytest.raises(ArtifactError, match="out: this is a vectors artifact; an index is needed here"):
+    with pytest.raises(ArtifactError, match="out: holds vectors; an index is needed here"):
         Index.load(tmp_path / "out")
 
 
@@ -381,3 +381,54 @@ def test_a_stock_directory_is_known_by_names_and_bytes(tmp_path: Path) -> None:
     assert artifact.directory_fingerprint(tmp_path / "a") == artifact.directory_fingerprint(tmp_path / "b")
     (tmp_path / "b" / "sub" / "weights").rename(tmp_path / "b" / "weights")
     assert artifact.directory_fingerprint(tmp_path / "a") != artifact.directory_fingerprint(tmp_path / "b")
+
+
+def test_a_crash_between_sealing_and_renaming_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The draft is whole: the next run renames it instead of doing the work again."""
+    out = tmp_path / "out"
+
+    def crashes(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(artifact, "_publish", crashes)
+        write(out, resumable=True)
+    assert not out.exists() and is_artifact(tmp_path / "out.partial")
+    assert plan().finished(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert sorted(path.name for path in out.iterdir()) == ["data.txt", MANIFEST]
+    assert Vectors.load(out).manifest.counts == {"letters": 5}
+
+
+def test_a_crash_while_sealing_keeps_the_work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crashes(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artifact, "file_sha256", crashes)
+    with pytest.raises(KeyboardInterrupt), plan().write(tmp_path / "out", resumable=True) as draft:
+        (draft.path / "data.txt").write_text("hello")
+        (draft.work / "encoded").write_text("hours of work")
+    assert (tmp_path / "out.partial" / "work" / "encoded").read_text() == "hours of work"
+
+
+def test_the_draft_is_locked_until_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process that comes in between neither empties the draft nor does the work again."""
+    out, publish = tmp_path / "out", artifact._publish
+
+    def another_process_comes(partial: Path, final: Path) -> None:
+        found = in_a_child(f"write(Path({str(out)!r}), resumable=True)")
+        assert "another process is writing it" in found.stderr
+        publish(partial, final)
+
+    monkeypatch.setattr(artifact, "_publish", another_process_comes)
+    write(out, resumable=True)
+    with pytest.raises(OutputExistsError, match="another process has finished it meanwhile"):
+        write(out, resumable=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_format_that_is_not_read_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "out")
+    monkeypatch.setitem(artifact.OLDEST, "vectors", 2)
+    with pytest.raises(ArtifactError, match="vectors format 1 is older than this version reads; make it again"):
+        Vectors.load(tmp_path / "out")
