@@ -100,6 +100,21 @@ def hang(handler: Handler) -> None:
     handler.close_connection = True
 
 
+def drip(handler: Handler) -> None:
+    """A 200 that takes 5 s to say nothing: a space now and then, as some proxies send to keep a connection alive."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000000")
+    handler.end_headers()
+    handler.close_connection = True
+    for _ in range(100):
+        try:
+            handler.wfile.write(b" ")
+        except OSError:  # the client hung up
+            return
+        if handler.server.ended.wait(0.05):
+            return
+
+
 @contextmanager
 def running() -> Iterator[FaultyServer]:
     """A server on a free port of this machine."""

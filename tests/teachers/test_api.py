@@ -15,6 +15,8 @@ from tiny_api import KEY, assert_scores, document, made, prepared, query, reply
 
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.teachers.api.answers import AnswerError, grade, log_odds, order
+from retrieval_kd.teachers.api.client import EndpointError
+from retrieval_kd.teachers.api.reply import read_reply
 from retrieval_kd.teachers.api.teacher import ApiTeacher
 from retrieval_kd.teachers.base import Candidates
 
@@ -53,20 +55,55 @@ def test_log_odds_when_one_side_is_missing() -> None:
     assert log_odds(reply("", ("no", -math.inf)), "yes", "no") is None
 
 
+@pytest.mark.parametrize("missing", [(), (("No", -9999.0),), (("No", -math.inf),)], ids=["nothing", "-9999", "-inf"])
+def test_log_odds_when_the_returned_leave_little(missing: tuple[tuple[str, float], ...]) -> None:
+    """No token can have more than what the returned ones leave: 1 - exp(-0.0001) = 0.0001, a log of -9.2104.
+
+    A probability of 1, which a rounded log-probability of 0 means, leaves 2^-24: -16.6355.
+    """
+    assert log_odds(reply("", ("Yes", -0.0001), *missing), "Yes", "No") == (pytest.approx(9.2102, abs=1e-4), True)
+    assert log_odds(reply("", ("Yes", -0.0001), *missing), "No", "Yes") == (pytest.approx(-9.2102, abs=1e-4), True)
+    assert log_odds(reply("", ("Yes", 0.0), *missing), "Yes", "No") == (pytest.approx(16.6355, abs=1e-4), True)
+    assert log_odds(reply("", ("Yes", 0.0), ("Oh", -20.0), *missing), "Yes", "No") == (pytest.approx(20.0), True)
+
+
+def test_what_was_written_is_no_bound() -> None:
+    """``Yes`` has 0.5, ``Well`` 0.3; a word of 0.00005 was written all the same. ``No`` may have 0.2."""
+    top = [{"token": "Yes", "logprob": math.log(0.5)}, {"token": "Well", "logprob": math.log(0.3)}]
+    first = {"token": "Rare", "logprob": -10.0, "top_logprobs": top}
+    read = read_reply({"choices": [{"message": {"content": "Rare"}, "logprobs": {"content": [first]}}]})
+    assert log_odds(read, "Yes", "No") == (pytest.approx(math.log(0.5 / 0.2)), True)
+
+
 @pytest.mark.parametrize(
     ("answer", "value"),
     [
         ("2", 2),
         ("Grade: 3.", 3),
         ("**1**", 1),
+        ("__0__", 0),
         ("2/3", 2),
-        ("10, no: 2", 2),
+        ("3 / 3", 3),
+        ("Grade: 2 out of 3", 2),
+        ("2. Yes, a 2", 2),
         ("<think>It might be a 1</think> 3", 3),
+        ("It might be a 1, or 2.</think>3", 3),
+        ("<think>1</think> <think>2</think> 3", 3),
         ("<think>It might be a 1", None),
+        ("3 <think>or 1", 3),
+        ("On a scale from 0 to 3, I would give it a 2", None),
+        ("Grade (0-3): 2", None),
+        ("Between 2 and 3", None),
+        ("10, no: 2", None),
+        ("2/10", None),
+        ("2/3.5", None),
         ("2.5", None),
+        ("2,5", None),
+        (".5", None),
         ("-1", None),
         ("4", None),
         ("p2p", None),
+        ("2nd", None),
         ("none", None),
         ("", None),
     ],
@@ -81,6 +118,7 @@ def test_orders() -> None:
     assert order(reply("[2] > [3] > [1]"), names) == ([1, 2, 0], False)
     assert order(reply("[3] > [3] > [9]"), names) == ([2, 0, 1], True)
     assert order(reply("2] > [3] > [1]"), names, "[") == ([1, 2, 0], False)
+    assert order(reply("Is it [1] > [2] > [3]?</think>[2] > [3] > [1]"), names) == ([1, 2, 0], False)
     assert order(reply("I cannot say. [9]"), names) is None
 
 
@@ -242,3 +280,15 @@ def test_windows_without_an_order_stay_as_they_are(server: FaultyServer, tmp_pat
     teacher = listwise(server, tmp_path)
     assert_scores(teacher.score([Candidates("q2", "else", np.arange(3))], [["w0", "w1", "w2"]]), [[-2, -3, -1]])
     assert teacher.counts == {"windows": 1, "malformed_answers": 1}
+
+
+def test_a_model_that_orders_nothing_stops_the_run(server: FaultyServer, tmp_path: Path) -> None:
+    """Ten lists at once, and no answer names a passage: the candidates' order is not the model's."""
+    server.content = lambda body: "2"
+    lists = [Candidates(f"q{i}", f"what {i}", np.arange(2)) for i in range(10)]
+    texts = [["w0", "w1"]] * 10
+    with pytest.raises(EndpointError, match=r"none of 10 answers names a passage \(such as '2'\)"):
+        listwise(server, tmp_path, malformed_attempts=0).score(lists, texts)
+    teacher = listwise(server, tmp_path, malformed_attempts=0)
+    teacher.score(lists[:9], texts[:9])
+    assert teacher.counts["windows_in_present_order"] == 9

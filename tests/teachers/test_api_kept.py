@@ -8,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import faulty_server
 import numpy as np
@@ -18,8 +19,8 @@ from tiny_api import KEY, assert_scores, document, made, prepared, query
 
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.errors import ArtifactError
-from retrieval_kd.teachers.api.answers import Reply
 from retrieval_kd.teachers.api.cache import AnswerCache
+from retrieval_kd.teachers.api.reply import Reply
 from retrieval_kd.teachers.api.usage import Budget, BudgetError, Ledger, Price, Tokens
 from retrieval_kd.teachers.base import Candidates
 from retrieval_kd.teachers.score import score
@@ -144,6 +145,23 @@ def test_an_endpoint_that_counts_nothing_is_estimated_at_the_worst(server: Fault
     usage = teacher.details()["usage"]
     assert (usage["estimated"], usage["prompt_tokens"], usage["completion_tokens"]) == (1, 105, 16)
     assert usage["cost"] is None
+
+
+@pytest.mark.parametrize("told", [{"prompt_tokens": -5, "completion_tokens": 1}, {"prompt_tokens": 5}, "no", None])
+def test_counts_that_cannot_be_are_estimated(server: FaultyServer, told: Any) -> None:
+    server.behaviours = [faulty_server.saying({"choices": [{"message": {"content": "2"}}], "usage": told})]
+    teacher = made(server)
+    teacher.score(*query(1))
+    usage = teacher.details()["usage"]
+    worst = teacher._pair(query(1)[0][0], "d", "w0").request.worst
+    assert (usage["estimated"], usage["prompt_tokens"], usage["completion_tokens"]) == (1, *worst)
+
+
+def test_more_than_the_worst_case_is_counted_in_full(server: FaultyServer) -> None:
+    server.usage = (50_000, 9000)
+    teacher = made(server, budget_tokens=10_000)
+    with pytest.raises(BudgetError, match="59000 tokens of 10000 used by 1 requests"):
+        teacher.score(*query(2))
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import sqlite3
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,7 @@ def test_a_missing_key_is_named_before_any_request(
             monkeypatch.setenv("NOBODY_SET_THIS", value)
         with pytest.raises(InputError, match="the environment variable NOBODY_SET_THIS is not set"):
             prepared(teacher, collection, tmp_path / "work")
+        assert not list((tmp_path / "work").iterdir())
         with pytest.raises(InputError, match="NOBODY_SET_THIS"):
             teacher.score(*query(1))
     monkeypatch.setenv("NOBODY_SET_THIS", "sk-one\ntwo")
@@ -90,12 +95,22 @@ def test_a_missing_package_is_named(server: FaultyServer, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"base_url": "http://me:secret@localhost/v1"}, "no user, password or query"),
+        ({"base_url": "http://localhost:notaport/v1"}, "base_url: the port is not a number from 1 to 65535"),
+        ({"base_url": "http://localhost:99999/v1"}, "base_url: the port is not a number from 1 to 65535"),
+        ({"base_url": "http://localhost:0/v1"}, "base_url: the port is not a number from 1 to 65535"),
         ({"base_url": "http://localhost/v1?key=1"}, "no user, password or query"),
         ({"base_url": "localhost:8000"}, "a URL such as"),
         ({"budget": 1}, "budget needs price_per_million"),
         ({"budget_tokens": 5, "request": {"max_tokens": None}}, "a budget needs a longest answer"),
         ({"request": {"model": "x"}}, "'model' has no place here"),
+        ({"request": {"n": 5}}, "'n' has no place here"),
+        ({"request": {"best_of": 5}}, "'best_of' has no place here"),
+        ({"request": {"max_tokens": -1}}, r"max_tokens takes a whole number from 1 \(got -1\)"),
+        ({"request": {"max_tokens": "10"}}, r"max_tokens takes a whole number from 1 \(got '10'\)"),
+        ({"request": {"max_completion_tokens": True}}, "max_completion_tokens takes a whole number from 1"),
+        ({"max_tokens": 0}, "max_tokens: .*greater than or equal to 1"),
+        ({"request": {"seed": date(2026, 1, 1)}}, "a value that JSON does not have"),
+        ({"instruction": "Judge.", "prompt": "rankgpt"}, r"prompt 'rankgpt' has no \{instruction\}"),
         ({"window": 5, "stride": 7}, "stride 7 must be smaller"),
         ({"concurency": 5}, r"unknown key 'concurency' \(did you mean 'concurrency'\?\)"),
         ({"window": 5, "stride": 2}, "window: the prompt 'graded' is pointwise"),
@@ -120,12 +135,88 @@ def test_the_shipped_recipes(name: str, score_kind: str) -> None:
     assert set(recipe.execution) < set(ApiRecipe.model_fields)
 
 
-def test_chats_cannot_begin_the_answer(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "kind: pointwise\nanswer_start: 'Relevant: '\npositive: a\nnegative: b",
+        "kind: pointwise\nanswer_start: 'Grade: '\ngrades: [0, 3]",
+        "kind: listwise\nanswer_start: '['",
+    ],
+    ids=["log-odds", "graded", "listwise"],
+)
+def test_chats_cannot_begin_the_answer(tmp_path: Path, rest: str) -> None:
     prompt = tmp_path / "p.yaml"
-    prompt.write_text(
-        "kind: pointwise\nmessages:\n- {role: user, content: '{query} {document}'}\nanswer_start: 'Relevant: '\n"
-        "positive: a\nnegative: b\n"
-    )
+    shown = "{passages}" if "listwise" in rest else "{document}"
+    prompt.write_text(f"messages:\n- {{role: user, content: '{{query}} {shown}'}}\n{rest}\n")
     recipe = {"kind": "api", "base_url": "http://localhost:1/v1", "model": "tiny", "prompt": str(prompt)}
     with pytest.raises(RecipeError, match="cannot be made to begin a chat answer"):
         ApiTeacher(validate(ApiRecipe, recipe, "test"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"base_url": "http://me:hush-hush@localhost/v1"}, "base_url: no user, password or query"),
+        ({"base_url": "http://me:hush-hush/1@localhost/v1"}, "base_url: no user, password or query"),
+        ({"base_url": "http://localhost:hush-hush/v1"}, "the port is not a number"),
+        ({"key_env": "sk-hush-hush"}, "key_env takes the name of an environment variable"),
+        ({"key_env": "hush-hush\n"}, "key_env takes the name of an environment variable"),
+        ({"key_env": ""}, "key_env takes the name of an environment variable"),
+    ],
+)
+def test_what_was_put_into_the_wrong_place_is_not_repeated(values: dict[str, Any], message: str) -> None:
+    """Neither in the message nor in the traceback above it."""
+    recipe = {"kind": "api", "base_url": "http://localhost:1/v1", "model": "tiny", "prompt": "graded", **values}
+    with pytest.raises(RecipeError, match=message) as raised:
+        validate(ApiRecipe, recipe, "test")
+    assert "hush" not in "".join(traceback.format_exception(raised.value))
+
+
+def test_a_name_that_may_be_a_key_is_not_repeated(server: FaultyServer) -> None:
+    with pytest.raises(InputError, match="the environment variable that key_env names is not set") as raised:
+        made(server, key_env="gsk_abc123").score(*query(1))
+    assert "gsk_" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda key: json.dumps(key)[1:-1].replace("-", "\\u002d"),
+        lambda key: "".join(f"\\u{ord(c):04X}" for c in key),
+        lambda key: json.dumps(key.replace("-", "\\u002d"))[1:-1],
+        lambda key: json.dumps(key)[1:-1].replace("/", "\\/"),
+    ],
+    ids=["hyphens", "all", "twice", "slashes"],
+)
+def test_an_escaped_key_is_nowhere(
+    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: Callable[[str], str]
+) -> None:
+    """The endpoint repeats the key in every text of its answers, with escapes that JSON allows."""
+    key = 'sk-very/"secret"\\0123'
+    monkeypatch.setenv("TINY_KEY", key)
+    it = written(key)
+    top = f'{{"token": "{it}", "logprob": -0.1, "top_logprobs": [{{"token": "{it}", "logprob": -0.1}}]}}'
+    choice = f'{{"message": {{"content": "{it}!"}}, "logprobs": {{"content": [{top}]}}}}'
+    good = f'{{"model": "{it}", "choices": [{choice}], "usage": {{"prompt_tokens": 1, "completion_tokens": 1}}}}'
+    server.behaviours = [faulty_server.status(200, good)]
+    teacher = made(server, prompt="relevant-yes-no")
+    with pytest.raises(AnswerError) as answer:
+        teacher.score(*query(1))
+    (path,) = (tmp_path / "cache").rglob("*.sqlite")
+    with sqlite3.connect(path) as connection:
+        ((kept,),) = connection.execute("SELECT reply FROM answers").fetchall()
+    connection.close()
+    assert json.loads(kept) == {
+        "content": "[key]!",
+        "first_token": [["[key]", -0.1]],
+        "usage": [1, 1],
+        "model": "[key]",
+    }
+    said = [str(answer.value), *teacher.details()["served_models"]]
+    for broken in (faulty_server.status(400, good), faulty_server.status(401, good), faulty_server.status(200, it)):
+        server.behaviours = [broken]
+        with pytest.raises(Exception, match=r"answered|not a completion") as raised:
+            made(server, prompt="relevant-yes-no", retries=0).score([Candidates("q2", "x", np.arange(1))], [["w1"]])
+        said.append(str(raised.value))
+        assert "[key]" in said[-1]
+    assert not [text for text in said if re.search(r"secret|0123|u00|U00", text)]

@@ -120,7 +120,7 @@ def test_an_endpoint_without_log_probabilities(served: str, parrot: Path, tmp_pa
 
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "completion"])
 def test_log_odds_equal_the_models_logits(logits_served: str, random_model: Path, tmp_path: Path, chat: bool) -> None:
-    """All 13 tokens: the difference of the model's own logits. The best 4: the fourth stands for what is missing."""
+    """All 13 tokens: the difference of the model's own logits. The best 4: the bound stands for what is missing."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     rendered = "query {query} document {document}"
@@ -143,7 +143,9 @@ def test_log_odds_equal_the_models_logits(logits_served: str, random_model: Path
         if not positive and not negative:
             continue
         bounded += not (positive and negative)
-        bound = logits[positive or best[3:]].logsumexp(0) - logits[negative or best[3:]].logsumexp(0)
+        most = min(logits[best[3]], logits[[j for j in range(13) if j not in best]].logsumexp(0)).reshape(1)
+        of_positive, of_negative = (logits[of] if of else most for of in (positive, negative))
+        bound = of_positive.logsumexp(0) - of_negative.logsumexp(0)
         ((value,), _) = few.score([Candidates("q1", "cats", np.array([i]))], [[document]])
         assert value[0] == pytest.approx(float(bound), abs=1e-4)
     assert teacher.counts["bounded_log_odds"] == 0

@@ -7,28 +7,19 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from retrieval_kd.teachers.api.reply import Reply
 from retrieval_kd.teachers.windows import parse_permutation
 
 UNLIKELY = -9999.0
 """The log-probability which OpenAI gives for a token outside the most likely ones: not a value."""
-_INTEGER = re.compile(r"(?<![\w.])-?\d+(?!\w|\.\d)")
-_THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+SMALLEST = 2.0**-24
+"""What is left to all other tokens when the returned probabilities add up to 1: half a step of float32 there."""
+_NUMBER = re.compile(r"[-−+.]?\w*\d\w*(?:[.,]\w*\d\w*)*")
+"""A word with a digit in it, with its sign and its decimals."""
 
 
 class AnswerError(Exception):
     """An answer that holds no score, after all attempts: held against its query and document, which are named."""
-
-
-class Reply(NamedTuple):
-    """What an endpoint answered: one completion."""
-
-    content: str
-    first_token: tuple[tuple[str, float], ...] | None
-    """The most likely first tokens with their log-probabilities; None when the endpoint gave none."""
-    usage: tuple[int, int] | None
-    """Tokens of the prompt and of the answer; None when the endpoint did not say."""
-    model: str | None
-    """The model that the endpoint says has answered, often more precise than the one asked for."""
 
 
 class PairScore(NamedTuple):
@@ -51,26 +42,32 @@ def log_odds(reply: Reply, positive: str, negative: str) -> PairScore | None:
     """log p(positive) - log p(negative) of the first token; None when neither was returned.
 
     The probabilities of all returned tokens that read the same, but for case and surrounding white space, are added up
-    (`` Yes``, ``yes``). When one answer was not returned, the lowest returned log-probability stands for it: no missing
-    token is more likely than that, so the score is a lower bound where ``negative`` is missing, else an upper one.
+    (`` Yes``, ``yes``). When one answer was not returned, the most that it can have stands for it: the probability of
+    the least likely returned token, or what all returned ones leave (no less than `SMALLEST`), whichever is smaller.
+    The score is then a lower bound where ``negative`` is missing, else an upper one.
     """
     returned = [(token, value) for token, value in reply.first_token or () if value > UNLIKELY]
     for_positive = [value for token, value in returned if _same(token, positive)]
     for_negative = [value for token, value in returned if _same(token, negative)]
     if not for_positive and not for_negative:
         return None
-    lowest = [min(value for _, value in returned)]
-    value = _logsumexp(for_positive or lowest) - _logsumexp(for_negative or lowest)
+    left = 1 - math.fsum(math.exp(value) for _, value in returned)
+    most = [min(math.log(max(left, SMALLEST)), *(value for _, value in returned))]
+    value = _logsumexp(for_positive or most) - _logsumexp(for_negative or most)
     return PairScore(value, bounded=not (for_positive and for_negative))
 
 
 def grade(reply: Reply, lowest: int, highest: int) -> PairScore | None:
-    """The first whole number from ``lowest`` to ``highest`` in the answer; None when there is none.
+    """The whole number from ``lowest`` to ``highest`` that is the only number of the answer; None when there is none.
 
-    A number with a fraction is none. What a model writes between ``<think>`` and ``</think>`` is no part of its answer.
+    It may be repeated, and written as a fraction of the highest (``2/3``, ``2 out of 3``). Any other number beside it,
+    such as those of the scale, leaves open which one is meant. Reasoning is no part of the answer.
     """
-    numbers = (int(text) for text in _INTEGER.findall(without_thoughts(reply.content)))
-    return next((PairScore(number) for number in numbers if lowest <= number <= highest), None)
+    answer = re.sub(rf"(?<=\d)\s*(?:/|out of)\s*{highest}\b(?![.,]\d)", "", without_thoughts(reply.content))
+    numbers = {number.strip("_") for number in _NUMBER.findall(answer)}
+    if len(numbers) != 1 or not (number := numbers.pop()).isdecimal() or not lowest <= int(number) <= highest:
+        return None
+    return PairScore(int(number))
 
 
 def order(reply: Reply, identifiers: Sequence[str], answer_start: str = "") -> Order | None:
@@ -82,8 +79,8 @@ def order(reply: Reply, identifiers: Sequence[str], answer_start: str = "") -> O
 
 
 def without_thoughts(content: str) -> str:
-    """The answer without its reasoning; a thought that was cut off leaves nothing after it."""
-    return _THOUGHT.sub("", content)
+    """What follows the last ``</think>`` (its beginning may have been in the prompt), up to a thought that was cut."""
+    return content.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def _same(token: str, answer: str) -> bool:

@@ -8,15 +8,17 @@ import logging
 import math
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 from retrieval_kd.errors import InputError, MissingExtraError, RetrievalKDError
-from retrieval_kd.teachers.api.answers import Reply
+from retrieval_kd.teachers.api.reply import Reply, read_reply, without_key
 from retrieval_kd.teachers.api.usage import Ledger, Tokens
 
 log = logging.getLogger("retrieval_kd")
@@ -25,12 +27,16 @@ CHAT = "chat/completions"
 TEXT = "completions"
 _FOR_NOW = frozenset({408, 409, 425, 429})
 """Refusals of a client's request that may be granted later, as any 5xx."""
-_SECRET = 8
-"""A shorter key (``EMPTY`` for a server of one's own) is no secret, and may be part of any text."""
+_OF_THIS_REQUEST = frozenset({400, 413, 422})
+"""Refusals that may be due to this request's text: too long, or not to the endpoint's liking."""
 
 
 class EndpointError(RetrievalKDError):
-    """The endpoint refused a request for good, or failed again and again; finished answers are kept."""
+    """The endpoint refuses all requests, or failed again and again; finished answers are kept."""
+
+
+class RefusedError(Exception):
+    """The endpoint refused one request for good: held against its query and document, which are named."""
 
 
 class Request(NamedTuple):
@@ -61,42 +67,46 @@ class Request(NamedTuple):
 
 
 class Retrying(NamedTuple):
-    """How long to wait and how often to try again."""
+    """How long an attempt may take, how often to try again, and the longest wait before it."""
 
     timeout_s: float
     retries: int
     max_wait_s: float
 
 
+def read_key(key_env: str | None, base_url: str) -> str | None:
+    """The key in an environment variable. Raises `InputError` when it is not set, or holds what cannot be sent."""
+    if key_env is None:
+        return None
+    key = os.environ.get(key_env, "").strip()
+    if not key:
+        name = key_env if key_env.isupper() else "that key_env names"  # somebody may give the key itself
+        raise InputError(
+            f"the environment variable {name} is not set; it holds the key for {base_url} "
+            "(an endpoint without a key: --set key_env=null)"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"the environment variable {key_env} holds characters that no key has; set it again")
+    return key
+
+
 class Client:
     """The way to one endpoint, for several threads.
 
-    The key is read from the environment, goes into the header ``Authorization`` and is taken out of every reply.
+    The key goes into the header ``Authorization`` and is taken out of every reply.
     """
 
     def __init__(self, base_url: str, key_env: str | None, retrying: Retrying, ledger: Ledger) -> None:
         self.base_url = base_url
         self.key_env = key_env
+        self.key = read_key(key_env, base_url)
         self.retrying = retrying
         self.ledger = ledger
         self.stopping = threading.Event()
         """Set when the run ends: whoever waits for another attempt gives up."""
         self.sleep: Callable[[float], object] = self.stopping.wait
-
-    @cached_property
-    def key(self) -> str | None:
-        """The key. Raises `InputError` when its variable is not set, or cannot be sent."""
-        if self.key_env is None:
-            return None
-        key = os.environ.get(self.key_env, "").strip()
-        if not key:
-            raise InputError(
-                f"the environment variable {self.key_env} is not set; it holds the key for {self.base_url} "
-                "(an endpoint without a key: --set key_env=null)"
-            )
-        if not (key.isascii() and key.isprintable()):
-            raise InputError(f"the environment variable {self.key_env} holds characters that no key has; set it again")
-        return key
+        self._refused: dict[str, str] = {}
+        """Requests that were refused → what was said: they need not be sent again while a shard is halved."""
 
     @cached_property
     def _http(self) -> Any:
@@ -105,6 +115,10 @@ class Client:
             import tenacity  # noqa: F401
         except ModuleNotFoundError as error:
             raise MissingExtraError(f"kind 'api' needs the package '{error.name}'", "api") from error
+        try:
+            httpx2.URL(self.base_url)
+        except httpx2.InvalidURL as error:
+            raise EndpointError(f"base_url: {self.base_url} cannot be used ({error})") from None
         headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
         timeout = httpx2.Timeout(self.retrying.timeout_s, connect=min(10.0, self.retrying.timeout_s), pool=None)
         client = httpx2.Client(headers=headers, timeout=timeout, limits=httpx2.Limits(max_connections=None))
@@ -112,16 +126,20 @@ class Client:
         return client
 
     def open(self) -> None:
-        """Makes ready to send, before several threads do."""
+        """Makes ready to send, before several threads do. Raises `EndpointError` when the URL cannot be used."""
         self.stopping.clear()
         _ = self._http
 
     def post(self, request: Request) -> Reply:
         """The reply to a request, after as many attempts as it takes.
 
-        Raises `EndpointError` when it was refused or the attempts are spent, `BudgetError` when it does not fit.
+        Raises `RefusedError` when this one was refused, `EndpointError` when any would be or the attempts are spent,
+        `BudgetError` when it does not fit, `CancelledError` when the run ends before it is sent.
         """
         import tenacity
+
+        if request.key in self._refused:
+            raise RefusedError(f"{request.about}: {self._refused[request.key]}")
 
         def wait(state: tenacity.RetryCallState) -> float:
             failure = state.outcome.exception()
@@ -150,15 +168,17 @@ class Client:
         raise AssertionError("unreachable: attempts end in a reply or an error")
 
     def _attempt(self, request: Request, *, retried: bool) -> Reply:
+        if self.stopping.is_set():
+            raise CancelledError
         worst = request.worst
-        self.ledger.reserve(worst, retried=retried)
+        self.ledger.reserve(worst, retried=retried, stopping=self.stopping)
         used, estimated = worst, True  # what was sent and not answered may be charged
         try:
             reply = self._send(request)
             if reply.usage is not None:
                 used, estimated = Tokens(*reply.usage), False
             return reply
-        except (_NotTakenError, EndpointError):
+        except (_NotTakenError, RefusedError, EndpointError):
             used, estimated = Tokens(0, 0), False
             raise
         finally:
@@ -168,39 +188,48 @@ class Client:
         import httpx2
 
         try:
-            response = self._http.post(f"{self.base_url}/{request.path}", json=request.body)
+            status, headers, text = self._received(request)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            raise _NotTakenError(f"cannot be reached ({error})") from None
+            raise _NotTakenError(f"cannot be reached ({self._hidden(str(error))})") from None
         except httpx2.TimeoutException:
             raise _FailedError(f"no answer within {self.retrying.timeout_s:g} s") from None
         except (httpx2.TransportError, httpx2.DecodingError) as error:
-            raise _FailedError(f"the connection broke ({error})") from None
-        body = self._without_key(response.text)
-        status = response.status_code
+            raise _FailedError(f"the connection broke ({self._hidden(str(error))})") from None
+        said = _start(self._hidden(text))
         if status in _FOR_NOW or status >= 500:
-            raise _NotTakenError(
-                f"answered {status}: {_start(body)}", _retry_after(response.headers.get("Retry-After"))
-            )
+            raise _NotTakenError(f"answered {status}: {said}", _retry_after(headers.get("Retry-After")))
+        if status in _OF_THIS_REQUEST:
+            self._refused[request.key] = f"{self.base_url} answered {status}: {said}; {self._mend(status)}"
+            raise RefusedError(f"{request.about}: {self._refused[request.key]}")
         if status != 200:
-            raise EndpointError(
-                f"{self.base_url}: answered {status} ({request.about}): {_start(body)}; {self._mend(status)}"
-            )
+            raise EndpointError(f"{self.base_url}: answered {status} ({request.about}): {said}; {self._mend(status)}")
         try:
-            return _read(json.loads(body))
+            return read_reply(self._hidden(json.loads(text)))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise _FailedError(f"the reply is not a completion: {_start(body)}") from None
+            raise _FailedError(f"the reply is not a completion: {said}") from None
+
+    def _received(self, request: Request) -> tuple[int, Mapping[str, str], str]:
+        """Status, headers and text of a response; a timeout when it still comes, bit by bit, after ``timeout_s``."""
+        import httpx2
+
+        end = time.monotonic() + self.retrying.timeout_s
+        parts = []
+        with self._http.stream("POST", f"{self.base_url}/{request.path}", json=request.body) as response:
+            for part in response.iter_bytes():
+                parts.append(part)
+                if time.monotonic() > end:
+                    raise httpx2.ReadTimeout("it still comes")
+            return response.status_code, response.headers, b"".join(parts).decode(errors="replace")
 
     def _mend(self, status: int) -> str:
         if status in (401, 403):
-            return "no key was sent, set key_env" if self.key_env is None else f"check the key in {self.key_env}"
+            return "no key was sent, set key_env" if self.key is None else f"check the key in {self.key_env}"
         if status in (404, 405) or 300 <= status < 400:
             return "check base_url (it ends in /v1 most of the time) and model"
         return "if the text is too long, set max_passage_words; a field of the body is changed or left out by request:"
 
-    def _without_key(self, text: str) -> str:
-        if self.key is None or len(self.key) < _SECRET:
-            return text
-        return text.replace(self.key, "[key]").replace(json.dumps(self.key)[1:-1], "[key]")
+    def _hidden(self, value: Any) -> Any:
+        return without_key(value, self.key)
 
 
 class _FailedError(Exception):
@@ -213,40 +242,6 @@ class _FailedError(Exception):
 
 class _NotTakenError(_FailedError):
     """An attempt of which the endpoint said that it did nothing, or that never reached it: it costs nothing."""
-
-
-def _read(raw: Any) -> Reply:
-    """The reply in a response's JSON; any error of access means that it is not one."""
-    choice = raw["choices"][0]
-    content = choice["message"].get("content") if "message" in choice else choice["text"]
-    if not isinstance(content, str | None):
-        raise TypeError("content")
-    usage = raw.get("usage") or {}
-    counted: tuple[Any, Any] = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
-    return Reply(
-        content=content or "",
-        first_token=_first_token(choice.get("logprobs")),
-        usage=None if None in counted else (int(counted[0]), int(counted[1])),
-        model=raw.get("model"),
-    )
-
-
-def _first_token(logprobs: Any) -> tuple[tuple[str, float], ...] | None:
-    """The first token's alternatives: in the form of chats (``content``), or the older one of plain completions."""
-    if not logprobs:
-        return None
-    if logprobs.get("content"):
-        first = logprobs["content"][0]
-        found = [(item["token"], float(item["logprob"])) for item in first.get("top_logprobs") or []]
-        chosen = (first["token"], float(first["logprob"]))
-    elif logprobs.get("tokens"):
-        found = [(token, float(value)) for token, value in ((logprobs.get("top_logprobs") or [{}])[0] or {}).items()]
-        chosen = (logprobs["tokens"][0], float(logprobs["token_logprobs"][0]))
-    else:
-        return ()
-    if any(math.isnan(value) for _, value in [*found, chosen]):
-        raise ValueError("a log-probability is NaN")
-    return tuple(found) if chosen[0] in dict(found) else (*found, chosen)
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from typing import Generic, NamedTuple, TypeVar
 
-from retrieval_kd.teachers.api.answers import Reply
 from retrieval_kd.teachers.api.cache import AnswerCache
 from retrieval_kd.teachers.api.client import Client, EndpointError, Request
+from retrieval_kd.teachers.api.reply import Reply
 
 T = TypeVar("T")
 
@@ -40,7 +40,8 @@ def ask_all(
 ) -> list[Outcome[T]]:
     """An outcome for each question, in their order; equal requests are sent once.
 
-    An error that stops the run is raised as soon as the requests in flight have their answers, which are kept.
+    An error is raised as soon as the requests in flight have their answers, which are kept; an interruption of the
+    thread that waits here (Ctrl-C, a worker that is told to end) passes in the same way.
     Every reply is cached, the malformed ones too: a second time the same is read and counted, without a request.
     """
     client.open()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from retrieval_kd.errors import RecipeError
 from retrieval_kd.teachers.api.client import CHAT, TEXT, Request
@@ -13,11 +15,14 @@ from retrieval_kd.teachers.api.usage import Price
 from retrieval_kd.teachers.prompts import Prompt, PromptedRecipe
 from retrieval_kd.teachers.windows import WindowKeys
 
-_SET_ELSEWHERE = ("model", "messages", "prompt", "logprobs", "top_logprobs", "n", "stream")
+_SET_ELSEWHERE = ("model", "messages", "prompt", "logprobs", "top_logprobs", "n", "best_of", "echo", "stream")
+_LONGEST = ("max_tokens", "max_completion_tokens")
 
 
 class ApiRecipe(PromptedRecipe, WindowKeys):
     """Keys of ``kind: api``. The prompt decides what is asked for: log-odds of two answers, a grade, or an order."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # somebody may put a key into the wrong place
 
     execution: ClassVar[frozenset[str]] = frozenset(
         {
@@ -56,7 +61,8 @@ class ApiRecipe(PromptedRecipe, WindowKeys):
     max_wait_s: float = Field(default=60, ge=0)
     """The longest wait before another attempt, whatever ``Retry-After`` says."""
     budget: float | None = Field(default=None, ge=0)
-    """The most that the run may cost, in the currency of ``price_per_million``."""
+    """The most that the run may cost, in the currency of ``price_per_million``, by an endpoint that keeps to
+    ``max_tokens``."""
     budget_tokens: int | None = Field(default=None, ge=0)
     price_per_million: Price | None = None
     cache: str | None = None
@@ -64,18 +70,41 @@ class ApiRecipe(PromptedRecipe, WindowKeys):
 
     @field_validator("base_url")
     @classmethod
-    def _nothing_secret(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("no user, password or query in the URL: recipes are kept; the key goes where key_env says")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("a URL such as http://localhost:8000/v1 is needed")
+    def _without_last_slash(cls, value: str) -> str:
         return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _nothing_secret(self) -> ApiRecipe:
+        """Of the whole recipe, not of one field: the message about a field repeats its value."""
+        if self.key_env is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", self.key_env):
+            raise ValueError("key_env takes the name of an environment variable (OPENAI_API_KEY), never the key itself")
+        parts = urlsplit(self.base_url)
+        if "@" in self.base_url or parts.query or parts.fragment:
+            raise ValueError(
+                "base_url: no user, password or query in the URL: recipes are kept; the key goes where key_env says"
+            )
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("base_url: a URL such as http://localhost:8000/v1 is needed")
+        try:
+            port = parts.port
+        except ValueError:
+            port = 0
+        if port == 0:
+            raise ValueError("base_url: the port is not a number from 1 to 65535")
+        return self
 
     @model_validator(mode="after")
     def _can_be_asked(self) -> ApiRecipe:
         if elsewhere := [key for key in _SET_ELSEWHERE if key in self.request]:
             raise ValueError(f"request: '{elsewhere[0]}' has no place here, the other keys decide it")
+        for key in _LONGEST:
+            value = self.request.get(key, 1)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"request: {key} takes a whole number from 1 (got {value!r})")
+        try:
+            json.dumps(self.request, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"request: a value that JSON does not have ({error})") from error
         if self.budget is not None and self.price_per_million is None:
             raise ValueError("budget needs price_per_million: {input: …, output: …}")
         endless = self.request.get("max_tokens", 1) is None and not self.request.get("max_completion_tokens")
@@ -93,11 +122,13 @@ class ApiRecipe(PromptedRecipe, WindowKeys):
             raise RecipeError(
                 f"window: {self.window} passages, but the prompt '{self.prompt}' has {prompt.most_passages} identifiers"
             )
-        if prompt.positive is not None and prompt.answer_start and prompt.messages is not None:
+        if prompt.answer_start and prompt.messages is not None:
             raise RecipeError(
                 f"prompt '{self.prompt}': an endpoint cannot be made to begin a chat answer with answer_start; "
-                "use a prompt with text:, or one whose answer begins with positive: or negative:"
+                "use a prompt with text:, or one without answer_start:"
             )
+        if self.instruction is not None and not prompt.takes_instruction:
+            raise RecipeError(f"prompt '{self.prompt}' has no {{instruction}}; leave the recipe's instruction: out")
 
     def asked(
         self,

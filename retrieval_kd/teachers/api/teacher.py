@@ -15,7 +15,7 @@ from retrieval_kd.artifact import InputRef
 from retrieval_kd.data.sources import cache_directory
 from retrieval_kd.teachers.api.answers import AnswerError, Order, PairScore, grade, log_odds, order
 from retrieval_kd.teachers.api.cache import AnswerCache
-from retrieval_kd.teachers.api.client import Client, Retrying
+from retrieval_kd.teachers.api.client import Client, EndpointError, Retrying, read_key
 from retrieval_kd.teachers.api.questions import Outcome, Question, ask_all
 from retrieval_kd.teachers.api.recipe import ApiRecipe
 from retrieval_kd.teachers.api.usage import Budget, Ledger
@@ -24,6 +24,9 @@ from retrieval_kd.teachers.prompts import load_prompt
 from retrieval_kd.teachers.windows import Window, rank_scores
 
 T = TypeVar("T")
+
+_MANY = 10
+"""So many windows of one round without a readable order are the model's fault, not the passages'."""
 
 
 class ApiTeacher(Teacher):
@@ -82,8 +85,10 @@ class ApiTeacher(Teacher):
     def client(self) -> Client:
         """The endpoint. Without `prepare` before, what is used of it is recorded in memory only."""
         recipe = self.recipe
+        read_key(recipe.key_env, recipe.base_url)  # an error comes before the record of usage is written
         budget = Budget(recipe.budget, recipe.budget_tokens, recipe.price_per_million)
-        ledger = Ledger(":memory:" if self._job is None else self._job.work / "usage.sqlite", budget)
+        path = ":memory:" if self._job is None else self._job.work / "usage.sqlite"
+        ledger = Ledger(path, budget, patience_s=recipe.timeout_s * (recipe.retries + 1))
         retrying = Retrying(recipe.timeout_s, recipe.retries, recipe.max_wait_s)
         return Client(recipe.base_url, recipe.key_env, retrying, ledger)
 
@@ -133,6 +138,12 @@ class ApiTeacher(Teacher):
                 else:
                     counts["malformed_answers"] += outcome.value.repaired
                     orders.append(outcome.value.positions)
+            if len(outcomes) >= _MANY and all(outcome.value is None for outcome in outcomes):
+                said = outcomes[0].replies[-1].content[:200]
+                raise EndpointError(
+                    f"{self.recipe.base_url}: none of {len(outcomes)} answers names a passage (such as {said!r}); the "
+                    "candidates' own order would stand for the model's: check model and prompt"
+                )
             return orders
 
         scores = rank_scores(shard, self.recipe, order_windows)
@@ -155,7 +166,7 @@ class ApiTeacher(Teacher):
     def _window(self, query: Candidates, passages: Sequence[str]) -> Question[Order]:
         prompt, n = self.prompt, len(passages)
         names = prompt.identifiers_of(n)
-        start = prompt.answer_start if prompt.messages is None else ""
+        start = prompt.answer_start
         request = self.recipe.asked(
             prompt.listwise(query.text, passages),
             f"query '{query.query_id}', a window of {n} passages",

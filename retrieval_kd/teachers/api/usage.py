@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +18,11 @@ from retrieval_kd.errors import RetrievalKDError
 from retrieval_kd.recipe import Section
 from retrieval_kd.teachers.api.cache import connect, readable
 
-_COUNTERS = (
-    "requests",
-    "retried",
-    "cached_answers",
-    "estimated",
-    "prompt_tokens",
-    "completion_tokens",
-    "reserved_prompt",
-    "reserved_completion",
-)
+_COUNTERS = ("requests", "retried", "cached_answers", "estimated", "prompt_tokens", "completion_tokens")
+_POLL_S = 0.1
+"""How often is looked whether another process has freed something."""
+_NOBODY = 0
+"""The number under which reservations of an earlier process are kept."""
 
 
 class BudgetError(RetrievalKDError):
@@ -68,13 +66,17 @@ class Tokens(NamedTuple):
 class Ledger:
     """Counts of one run in ``path``, for several threads and processes.
 
-    A request's worst case is reserved before it is sent and replaced by what it used. A process that is killed leaves
-    its reservations: they may have been charged, so they count for good.
+    A request's worst case is reserved before it is sent and replaced by what it used, in full even if the endpoint
+    went beyond the worst case: a budget is as hard as the endpoint's observance of ``max_tokens``. A process that is
+    killed leaves its reservations: they may have been charged, so they count for good, but nobody waits for them.
+    ``patience_s`` is how long to wait for those of other processes.
     """
 
-    def __init__(self, path: Path | str, budget: Budget) -> None:
+    def __init__(self, path: Path | str, budget: Budget, patience_s: float = 0.0) -> None:
         self.path = path
         self.budget = budget
+        self.patience_s = patience_s
+        self._pid = os.getpid()
         self._settled = threading.Condition()
         self._in_flight = 0
         columns = ", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in _COUNTERS)
@@ -83,27 +85,42 @@ class Ledger:
             weakref.finalize(self, self._connection.close)
             self._connection.execute(f"CREATE TABLE IF NOT EXISTS usage (id INTEGER PRIMARY KEY, {columns})")
             self._connection.execute("CREATE TABLE IF NOT EXISTS served (model TEXT PRIMARY KEY)")
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS reserved (pid INTEGER PRIMARY KEY, prompt INTEGER, completion INTEGER)"
+            )
             self._connection.execute("INSERT OR IGNORE INTO usage (id) VALUES (0)")
+        with self._transaction():  # an earlier process may have had this one's number
+            mine = "FROM reserved WHERE pid = ?"
+            for row in self._connection.execute(f"SELECT prompt, completion {mine}", (self._pid,)).fetchall():
+                self._hold(_NOBODY, Tokens(*row))
+            self._connection.execute(f"DELETE {mine}", (self._pid,))
 
-    def reserve(self, worst: Tokens, *, retried: bool) -> None:
-        """Counts a request at its worst case; `BudgetError` when it does not fit, even with nothing in flight."""
-        with self._locked():
+    def reserve(self, worst: Tokens, *, retried: bool, stopping: threading.Event | None = None) -> None:
+        """Counts a request at its worst case, after waiting for others to be settled where it does not fit.
+
+        Raises `BudgetError` when there is nothing to wait for, `CancelledError` when ``stopping`` is set meanwhile.
+        """
+        end = time.monotonic() + self.patience_s
+        with self._settled:
             while not self._reserved(worst, retried):
-                if not self._in_flight:
+                if not self._in_flight and not (time.monotonic() < end and self._others_at_work()):
                     raise self._spent(worst)
-                self._settled.wait()
+                self._settled.wait(_POLL_S)
+                if stopping is not None and stopping.is_set():
+                    raise CancelledError
             self._in_flight += 1
 
     def settle(self, worst: Tokens, used: Tokens, *, estimated: bool) -> None:
         """Replaces a request's reservation by what it used; ``estimated`` when the endpoint did not say."""
-        with self._locked():
+        with self._settled:
             self._in_flight -= 1
-            self._connection.execute(
-                "UPDATE usage SET reserved_prompt = reserved_prompt - ?, reserved_completion = reserved_completion - ?,"
-                " prompt_tokens = prompt_tokens + ?, completion_tokens = completion_tokens + ?,"
-                " estimated = estimated + ?",
-                (*worst, *used, estimated),
-            )
+            with self._transaction():
+                self._hold(self._pid, Tokens(-worst.prompt, -worst.completion))
+                self._connection.execute(
+                    "UPDATE usage SET prompt_tokens = prompt_tokens + ?, completion_tokens = completion_tokens + ?,"
+                    " estimated = estimated + ?",
+                    (*used, estimated),
+                )
             self._settled.notify_all()
 
     def note(self, cached_answers: int, models: Iterable[str]) -> None:
@@ -125,11 +142,10 @@ class Ledger:
         counted at their worst case. ``unsettled_tokens``, in the cost but in no other number, are the worst case of
         requests whose process was killed, or is still at work.
         """
-        with self._locked():
-            row = self._row()
-        used, reserved = _sums(row)
+        with self._transaction():
+            row, used, reserved = self._sums()
         return {
-            **{name: row[name] for name in _COUNTERS[:6]},
+            **row,
             "unsettled_tokens": sum(reserved),
             "cost": None if self.budget.price is None else round(self.budget.cost(_add(used, reserved)), 6),
         }
@@ -140,25 +156,40 @@ class Ledger:
         with self._settled, readable(self.path, "record of what the run has used", mend):
             yield
 
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """No other process changes anything in between."""
+        with self._locked(), self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            yield
+
     def _reserved(self, worst: Tokens, retried: bool) -> bool:
-        connection = self._connection
-        connection.execute("BEGIN IMMEDIATE")  # no other process reads the sums before they are changed
-        try:
-            used, reserved = _sums(self._row())
+        with self._transaction():
+            _, used, reserved = self._sums()
             fits = self.budget.allows(_add(_add(used, reserved), worst))
             if fits:
-                connection.execute(
-                    "UPDATE usage SET requests = requests + 1, retried = retried + ?,"
-                    " reserved_prompt = reserved_prompt + ?, reserved_completion = reserved_completion + ?",
-                    (retried, *worst),
-                )
-        finally:
-            connection.execute("COMMIT")
+                self._connection.execute("UPDATE usage SET requests = requests + 1, retried = retried + ?", (retried,))
+                self._hold(self._pid, worst)
         return fits
 
+    def _hold(self, pid: int, tokens: Tokens) -> None:
+        self._connection.execute(
+            "INSERT INTO reserved VALUES (?, ?, ?) ON CONFLICT (pid) DO UPDATE SET"
+            " prompt = prompt + excluded.prompt, completion = completion + excluded.completion",
+            (pid, *tokens),
+        )
+
+    def _others_at_work(self) -> bool:
+        """Whether another process that is alive holds a reservation."""
+        with self._locked():
+            rows = self._connection.execute(
+                "SELECT pid FROM reserved WHERE pid NOT IN (?, ?) AND prompt + completion > 0", (_NOBODY, self._pid)
+            ).fetchall()
+        return any(_alive(pid) for (pid,) in rows)
+
     def _spent(self, worst: Tokens) -> BudgetError:
-        row = self._row()
-        used, reserved = _sums(row)
+        with self._transaction():
+            row, used, reserved = self._sums()
         total = _add(used, reserved)
         key, limit = ("budget", self.budget.money)
         spent, asked = f"{self.budget.cost(total):.6g}", f"{self.budget.cost(worst):.6g}"
@@ -172,14 +203,27 @@ class Ledger:
             f"larger one (--set {key}=…)"
         )
 
-    def _row(self) -> dict[str, int]:
+    def _sums(self) -> tuple[dict[str, int], Tokens, Tokens]:
+        """The counters, the tokens that were used, and those that are reserved."""
         values = self._connection.execute(f"SELECT {', '.join(_COUNTERS)} FROM usage").fetchone()
-        return dict(zip(_COUNTERS, values, strict=True))
+        row = dict(zip(_COUNTERS, values, strict=True))
+        (prompt, completion) = self._connection.execute(
+            "SELECT COALESCE(SUM(prompt), 0), COALESCE(SUM(completion), 0) FROM reserved"
+        ).fetchone()
+        return row, Tokens(row["prompt_tokens"], row["completion_tokens"]), Tokens(prompt, completion)
 
 
-def _sums(row: dict[str, int]) -> tuple[Tokens, Tokens]:
-    used = Tokens(row["prompt_tokens"], row["completion_tokens"])
-    return used, Tokens(row["reserved_prompt"], row["reserved_completion"])
+def _alive(pid: int) -> bool:
+    """Whether a process is there; yes where that cannot be asked."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _add(a: Tokens, b: Tokens) -> Tokens:
