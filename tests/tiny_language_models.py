@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import tiny
+
+from retrieval_kd.models.language_model import LanguageModel
 
 CHAT = (
     "<s>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -152,6 +157,26 @@ def spoil(folder: Path, word: str) -> Path:
     weights["model.embed_tokens.weight"][VOCABULARY.index(word)] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@contextmanager
+def asked(model: LanguageModel) -> Iterator[list[list[int]]]:
+    """Inside, the prompts whose next token ``model`` is asked for are added to a list."""
+    prompts: list[list[int]] = []
+    answer = model.next_token_logits
+
+    def noting(given: Sequence[Sequence[int]], *arguments: Any) -> Any:
+        prompts.extend(list(ids) for ids in given)
+        return answer(given, *arguments)
+
+    with mock.patch.object(model, "next_token_logits", noting):
+        yield prompts
+
+
+def special_tokens(model: LanguageModel, ids: Sequence[int]) -> list[str]:
+    """The special tokens among ``ids``, but for unknown words."""
+    special = set(model.tokenizer.all_special_ids) - {model.tokenizer.unk_token_id}
+    return list(model.tokenizer.convert_ids_to_tokens([token for token in ids if token in special]))
 
 
 def plain(folder: Path) -> tuple[Any, Any]:

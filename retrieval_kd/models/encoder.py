@@ -37,6 +37,14 @@ class Truncation:
         return {"truncated_texts": self.texts, "tokens_lost": self.tokens}
 
 
+class BadVectorsError(RetrievalKDError):
+    """A model gave NaN or infinite values for some ``texts``."""
+
+    def __init__(self, message: str, texts: Sequence[str]) -> None:
+        super().__init__(message)
+        self.texts = texts
+
+
 class Reader:
     """What a sentence-transformers model of any kind reads of a text that is a ``query`` or a ``document``."""
 
@@ -129,12 +137,13 @@ class Encoder:
         }
 
     def refuse_bad(self, bad: np.ndarray, texts: Sequence[str], task: str) -> None:
-        """Raises `RetrievalKDError` when some of ``texts`` (a mask [n]) got NaN or infinite values."""
+        """Raises `BadVectorsError` when some of ``texts`` (a mask [n]) got NaN or infinite values."""
         if bad.any():
             example = texts[int(np.argmax(bad))][:80]
-            raise RetrievalKDError(
+            raise BadVectorsError(
                 f"model '{self.source.name}' gave NaN or infinite vectors for {bad.sum()} of {len(texts)} {task} texts "
-                f"(first: {example!r}); try float32 weights or another checkpoint"
+                f"(first: {example!r}); try float32 weights or another checkpoint",
+                texts=[text for text, is_bad in zip(texts, bad.tolist(), strict=True) if is_bad],
             )
 
 

@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from retrieval_kd.artifact import InputRef
 from retrieval_kd.errors import InputError
 from retrieval_kd.models.batching import token_batches
+from retrieval_kd.models.decoding import Constraint, Rule, in_float32, reading_at
 from retrieval_kd.models.encoder import quiet_loading
 from retrieval_kd.models.load import ModelSource, find_model
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 PromptText = str | Sequence[Mapping[str, str]]
 """Raw text, or the messages of a chat (``role``, ``content``)."""
-
-
-class Constraint(Protocol):
-    """Which tokens one answer may go on with; it follows the answer token by token."""
-
-    @property
-    def tokens(self) -> Sequence[int]:
-        """Every token that may ever be allowed."""
-
-    def allowed(self) -> Sequence[int]:
-        """The tokens that may come next; none when the answer is complete."""
-
-    def advance(self, token: int) -> None:
-        """Takes note of the token that came. Called with any token after the answer is complete."""
 
 
 class LanguageModel:
@@ -145,15 +133,31 @@ class LanguageModel:
     def tokenize(self, prompts: Sequence[PromptText], answer_start: str = "") -> list[list[int]]:
         """The token ids of each prompt, nothing cut.
 
-        Raw text gets the tokenizer's special tokens (T5's ``</s>``); a chat template brings its own.
+        Raw text gets the tokenizer's special tokens (T5's ``</s>``), but for those that would stand between a causal
+        model's prompt and its answer; a chat template brings its own.
         """
         tokens: list[list[int]] = [[] for _ in prompts]
         for raw in (True, False):
             of_kind = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str) == raw]
             texts = [self.rendered(prompts[i], answer_start) for i in of_kind]
             for i, ids in zip(of_kind, self._ids(texts, special=raw), strict=True):
-                tokens[i] = ids
+                tokens[i] = ids[: len(ids) - self._closing] if raw else ids
         return tokens
+
+    def ordinary(self, text: str) -> str:
+        """``text`` in which nothing is a special token: each such string (``</s>``) has a space behind its first sign.
+
+        For what others wrote, a query or a document; a prompt's own text keeps its special tokens.
+        """
+        if self._specials is None:
+            return text
+        text = self._specials.sub(r"\g<0> ", text)
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
+        if normalizer is not None:  # T5's makes ``</s>`` of full-width signs
+            normal = normalizer.normalize_str(text)
+            if self._specials.search(normal):
+                return self._specials.sub(r"\g<0> ", normal)
+        return text
 
     def token_ends(self, texts: Sequence[str]) -> list[np.ndarray]:
         """For each text the positions [tokens] where its tokens end: ``text[:ends[k - 1]]`` is its first k tokens."""
@@ -209,7 +213,7 @@ class LanguageModel:
                 last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
                 if self._takes_positions:
                     inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-            with torch.inference_mode(), self._reading_at(last), self._in_float32(token_ids):
+            with torch.inference_mode(), reading_at(self.network, last), in_float32(self.network, token_ids):
                 found = self.network(**inputs, use_cache=False).logits[:, 0, list(token_ids)]
             logits[batch] = found.float().cpu().numpy()
         return logits
@@ -232,14 +236,34 @@ class LanguageModel:
         for batch in token_batches([len(prompt) for prompt in prompts], batch_tokens or self.usual_batch_tokens):
             inputs = self._padded([prompts[i] for i in batch], left=not self.encoder_decoder)
             chosen = None if constraints is None else [constraints[i] for i in batch]
-            with torch.inference_mode(), self._in_float32({t for one in chosen or () for t in one.tokens}):
+            with torch.inference_mode(), in_float32(self.network, {t for one in chosen or () for t in one.tokens}):
                 found = self.network.generate(
-                    **inputs, max_new_tokens=max_new_tokens, logits_processor=[_Rule(chosen, self._end)]
+                    **inputs, max_new_tokens=max_new_tokens, logits_processor=[Rule(chosen, self._end)]
                 )
             new = found[:, 1 if self.encoder_decoder else inputs["input_ids"].shape[1] :]
             for i, answer in zip(batch, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
                 answers[i] = answer
         return answers
+
+    @cached_property
+    def _closing(self) -> int:
+        """How many tokens the tokenizer puts behind a raw text that are to be left out: a causal model's ``</s>``."""
+        if self.encoder_decoder:
+            return 0
+        added = self.tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+        return [*reversed(added), 0].index(0)
+
+    @cached_property
+    def _specials(self) -> re.Pattern[str] | None:
+        """The first sign of each special token in a text, overlapping ones too."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        names = {str(token) for token in added if token.special} | set(self.tokenizer.all_special_tokens)
+        ends: dict[str, list[str]] = {}
+        for name in sorted(names):
+            if len(name) > 1:
+                ends.setdefault(name[0], []).append(re.escape(name[1:]))
+        patterns = [f"{re.escape(sign)}(?={'|'.join(of_sign)})" for sign, of_sign in ends.items()]
+        return re.compile("|".join(patterns)) if patterns else None
 
     def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         if not texts:
@@ -259,67 +283,3 @@ class LanguageModel:
             ids[row, place] = torch.tensor(prompt, dtype=ids.dtype)
             mask[row, place] = 1
         return {"input_ids": ids.to(self.network.device), "attention_mask": mask.to(self.network.device)}
-
-    @contextmanager
-    def _reading_at(self, positions: Any) -> Iterator[None]:
-        """Inside, the head is given one position a row, so that logits are [n, 1, vocabulary]."""
-        import torch
-
-        def select(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            hidden = arguments[0]
-            return (hidden[torch.arange(len(hidden), device=hidden.device), positions].unsqueeze(1),)
-
-        handle = self.network.get_output_embeddings().register_forward_pre_hook(select)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @contextmanager
-    def _in_float32(self, token_ids: Iterable[int]) -> Iterator[None]:
-        """Inside, the logits of these tokens are float32 products: bfloat16 has steps of 1/8 near 20."""
-        import torch
-
-        head = self.network.get_output_embeddings()
-        rows = torch.tensor(sorted(set(token_ids)), dtype=torch.long, device=self.network.device)
-
-        def multiply(_: Any, arguments: tuple[Any, ...], logits: Any) -> Any:
-            bias = None if head.bias is None else head.bias[rows].float()
-            exact = torch.nn.functional.linear(arguments[0].float(), head.weight[rows].float(), bias)
-            return logits.float().index_copy(-1, rows, exact)
-
-        if self.network.dtype == torch.float32 or not len(rows):
-            yield
-            return
-        handle = head.register_forward_hook(multiply)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-
-class _Rule:
-    """A logits processor: refuses NaN and leaves each row the tokens that its constraint allows."""
-
-    def __init__(self, constraints: Sequence[Constraint] | None, end: int) -> None:
-        self.constraints = constraints
-        self.end = end
-        self.begun = False
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """The scores [n, vocabulary], minus infinity where a token is not allowed."""
-        import torch
-
-        if torch.isnan(scores).any():
-            raise FloatingPointError("the language model gave NaN logits; try precision: float32 or another checkpoint")
-        if self.constraints is None:
-            return scores
-        if self.begun:
-            for constraint, token in zip(self.constraints, input_ids[:, -1].tolist(), strict=True):
-                constraint.advance(token)
-        self.begun = True
-        allowed = torch.full_like(scores, -torch.inf)
-        for row, constraint in enumerate(self.constraints):
-            tokens = list(constraint.allowed()) or [self.end]
-            allowed[row, tokens] = scores[row, tokens]
-        return allowed

@@ -17,10 +17,11 @@ from pydantic import Field, model_validator
 
 from retrieval_kd.artifact import InputRef
 from retrieval_kd.errors import InputError
+from retrieval_kd.models.decoding import NOT_FINITE
 from retrieval_kd.models.language_model import LanguageModel, Precision
 from retrieval_kd.models.load import ModelSource, find_model
-from retrieval_kd.teachers.base import Candidates, ModelTeacherRecipe, Scored, Teacher
-from retrieval_kd.teachers.prompt_fitting import fit_prompts
+from retrieval_kd.teachers.base import Candidates, ModelTeacherRecipe, Scored, ScoringJob, Teacher
+from retrieval_kd.teachers.prompt_fitting import fit_prompts, refuse_long_queries
 from retrieval_kd.teachers.prompts import PromptedRecipe, prompt_of
 from retrieval_kd.teachers.windows import Window, WindowKeys, parse_permutation, rank_scores
 
@@ -95,11 +96,17 @@ class LLMListwiseTeacher(Teacher):
             "decoding": self.recipe.decoding,
         }
 
+    def prepare(self, job: ScoringJob) -> None:
+        """Raises `InputError` for queries that leave no room for passages."""
+        refuse_long_queries(job, self._excess)
+
     def score(self, shard: Sequence[Candidates], texts: Sequence[Sequence[str]]) -> Scored:
         """Minus ranks. The windows of all lists that can be put in order at the same time are batched together.
 
         What a passage loses to its number of words counts, and then what it loses in the window that cuts it most.
         """
+        queries = [self.model.ordinary(query.text) for query in shard]
+        texts = [[self.model.ordinary(text) for text in of_query] for of_query in texts]
         passages = [[self._cut_words(text) for text in of_query] for of_query in texts]
         by_words = [self._tokens_of_words_lost(of_query) for of_query in texts]
         by_windows = [np.zeros(len(of_query), dtype=np.int32) for of_query in texts]
@@ -108,7 +115,7 @@ class LLMListwiseTeacher(Teacher):
         def order_windows(windows: list[Window]) -> list[list[int]]:
             fitted = fit_prompts(
                 self.model,
-                lambda i, shown: self.prompt.listwise(shard[windows[i].list].text, shown),
+                lambda i, shown: self.prompt.listwise(queries[windows[i].list], shown),
                 [[passages[window.list][member] for member in window.members] for window in windows],
                 max_length=self._prompt_length,
                 answer_start=self._answer_start,
@@ -125,9 +132,17 @@ class LLMListwiseTeacher(Teacher):
             counts["malformed_answers"] += malformed
             return orders
 
-        scores = rank_scores(shard, self.recipe, order_windows)
+        scores = rank_scores(shard, self.recipe, order_windows, show_single=True)
         self.counts.update(counts)
         return Scored(scores, [words + windows for words, windows in zip(by_words, by_windows, strict=True)])
+
+    def _excess(self, queries: Sequence[Candidates]) -> list[int]:
+        """By how many tokens each query's largest window is too long without the texts of its passages."""
+        prompts = [
+            self.prompt.listwise(self.model.ordinary(query.text), [""] * min(self.recipe.window, len(query.rows)))
+            for query in queries
+        ]
+        return [len(ids) - self._prompt_length for ids in self.model.tokenize(prompts, self._answer_start)]
 
     def _cut_words(self, text: str) -> str:
         return " ".join(text.split()[: self.prompt.passage_words])
@@ -142,8 +157,8 @@ class LLMListwiseTeacher(Teacher):
 
     def _by_logits(self, prompts: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[list[int]]:
         logits = self.model.next_token_logits(prompts, self._identifier_tokens, self.recipe.batch_tokens)
-        if np.isnan(logits).any():
-            raise FloatingPointError("the language model gave NaN logits; try precision: float32 or another checkpoint")
+        if not np.isfinite(logits).all():
+            raise FloatingPointError(NOT_FINITE)
         return [np.argsort(-row[:size], kind="stable").tolist() for row, size in zip(logits, sizes, strict=True)]
 
     def _by_answers(self, prompts: Sequence[Sequence[int]], sizes: Sequence[int]) -> tuple[list[list[int]], int]:

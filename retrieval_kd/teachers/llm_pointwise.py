@@ -17,8 +17,8 @@ from retrieval_kd.artifact import InputRef
 from retrieval_kd.errors import InputError, RecipeError
 from retrieval_kd.models.language_model import LanguageModel, Precision, PromptText
 from retrieval_kd.models.load import ModelSource, find_model
-from retrieval_kd.teachers.base import Candidates, ModelTeacherRecipe, Scored, Teacher
-from retrieval_kd.teachers.prompt_fitting import fit_prompts
+from retrieval_kd.teachers.base import Candidates, ModelTeacherRecipe, Scored, ScoringJob, Teacher
+from retrieval_kd.teachers.prompt_fitting import fit_prompts, refuse_long_queries
 from retrieval_kd.teachers.prompts import PromptedRecipe, prompt_of
 
 
@@ -81,21 +81,34 @@ class LLMPointwiseTeacher(Teacher):
             "prompt_sha256": self.prompt.sha256,
         }
 
+    def prepare(self, job: ScoringJob) -> None:
+        """Raises `InputError` for queries that leave no room for a document."""
+        refuse_long_queries(job, self._excess)
+
     def score(self, shard: Sequence[Candidates], texts: Sequence[Sequence[str]]) -> Scored:
         """Log-odds, NaN where the model gives NaN; prompts of similar length share a batch."""
-        pairs = [(query, text) for query, of_query in zip(shard, texts, strict=True) for text in of_query]
+        names = [f"query '{query.query_id}'" for query, of_query in zip(shard, texts, strict=True) for _ in of_query]
+        queries = [query for query, of_query in zip(self._queries(shard), texts, strict=True) for _ in of_query]
         fitted = fit_prompts(
             self.model,
-            lambda i, documents: self._rendered(pairs[i][0].text, documents[0]),
-            [[text] for _, text in pairs],
+            lambda i, documents: self._rendered(queries[i], documents[0]),
+            [[self.model.ordinary(text)] for of_query in texts for text in of_query],
             max_length=self.recipe.max_length,
             answer_start=self.prompt.answer_start,
-            names=[f"query '{query.query_id}'" for query, _ in pairs],
+            names=names,
         )
         logits = self.model.next_token_logits(fitted.tokens, self._answers, self.recipe.batch_tokens)
         bounds = np.cumsum([len(of_query) for of_query in texts])[:-1]
         log_odds = logits[:, 0] - logits[:, 1]
         return Scored(np.split(log_odds, bounds), np.split(np.concatenate(fitted.tokens_lost), bounds))
+
+    def _queries(self, shard: Sequence[Candidates]) -> list[str]:
+        return [self.model.ordinary(query.text) for query in shard]
+
+    def _excess(self, queries: Sequence[Candidates]) -> list[int]:
+        """By how many tokens each query's prompt without a document is too long."""
+        prompts = [self._rendered(query, "") for query in self._queries(queries)]
+        return [len(ids) - self.recipe.max_length for ids in self.model.tokenize(prompts, self.prompt.answer_start)]
 
     def _rendered(self, query: str, document: str) -> PromptText:
         return self.prompt.pointwise(query, document, self.recipe.instruction)

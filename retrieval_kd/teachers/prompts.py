@@ -2,7 +2,8 @@
 
 A prompt is raw ``text`` for the tokenizer, or chat ``messages``. Placeholders are ``{query}``, ``{document}`` and
 ``{instruction}`` in a pointwise prompt; ``{query}``, ``{number}`` and ``{passages}`` in a listwise one, whose
-``passage`` line has ``{identifier}`` and ``{document}``.
+``passage`` line, or turns with ``each_passage``, have ``{identifier}`` and ``{document}``. No other word may stand in
+braces.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,9 +23,11 @@ from retrieval_kd.recipe import Section, recipe_roots, validate
 from retrieval_kd.teachers.base import TeacherRecipe
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_PLACEHOLDER = re.compile(r"\{(query|document|instruction|number|passages|identifier)\}")
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_]+)\}")
 _NEEDED = {"pointwise": {"query", "document"}, "listwise": {"query", "passages"}}
 _ALLOWED = {"pointwise": {"query", "document", "instruction"}, "listwise": {"query", "passages", "number"}}
+_NEEDED_OF_PASSAGE = {"identifier", "document"}
+_ALLOWED_OF_PASSAGE = _NEEDED_OF_PASSAGE | {"query", "number"}
 
 
 class Message(Section):
@@ -59,19 +62,30 @@ class Prompt(Section):
     def _placeholders_are_there(self) -> Self:
         if (self.text is None) == (self.messages is None):
             raise ValueError("give either text: or messages:")
-        found = set(_PLACEHOLDER.findall("\n".join(self._templates())))
-        per_passage = any(message.each_passage for message in self.messages or ())
-        needed = set(_NEEDED[self.kind]) - ({"passages"} if per_passage else set())
-        if missing := sorted(needed - found):
-            raise ValueError(f"the placeholder {' and '.join(f'{{{name}}}' for name in missing)} is missing")
-        allowed = _ALLOWED[self.kind] | ({"identifier", "document"} if per_passage else set())
-        if extra := sorted(found - allowed):
-            raise ValueError(f"a {self.kind} prompt has no {{{extra[0]}}}{did_you_mean(extra[0], allowed)}")
+        of_passage = [message.content for message in self.messages or () if message.each_passage]
+        ordinary = [self.text or ""] + [message.content for message in self.messages or () if not message.each_passage]
+        needed = _NEEDED[self.kind]
+        if of_passage:
+            if self.kind == "pointwise":
+                raise ValueError("a pointwise prompt has no turn with each_passage:, it shows one document")
+            _check_placeholders(of_passage, "a turn with each_passage", _NEEDED_OF_PASSAGE, _ALLOWED_OF_PASSAGE)
+            needed = needed - {"passages"}
+        _check_placeholders(ordinary, f"a {self.kind} prompt", needed, _ALLOWED[self.kind])
         if self.kind == "listwise":
-            if missing := sorted({"identifier", "document"} - set(_PLACEHOLDER.findall(self.passage))):
-                raise ValueError(f"passage: the placeholder {{{missing[0]}}} is missing")
-        elif (self.positive is None or self.negative is None) == (self.grades is None):
+            _check_placeholders([self.passage], "passage", _NEEDED_OF_PASSAGE, _ALLOWED_OF_PASSAGE)
+        _check_placeholders([self.instruction], "instruction", set(), set())
+        _check_placeholders([self.answer_start], "answer_start", set(), set())
+        return self
+
+    @model_validator(mode="after")
+    def _answers_can_be_told_apart(self) -> Self:
+        answers = [answer.strip().lower() for answer in (self.positive, self.negative) if answer is not None]
+        if self.kind == "pointwise" and (len(answers) < 2) == (self.grades is None):
             raise ValueError("a pointwise prompt needs positive: and negative:, or grades: [lowest, highest]")
+        if not all(answers):
+            raise ValueError("positive: and negative: are words, not empty")
+        if len(set(answers)) < len(answers):
+            raise ValueError(f"positive: and negative: are the same answer, '{self.positive}'; take two that differ")
         if self.grades is not None and self.grades[0] >= self.grades[1]:
             raise ValueError("grades: the lowest comes first")
         return self
@@ -177,6 +191,16 @@ def prompt_of(recipe: PromptedRecipe, kind: Literal["pointwise", "listwise"]) ->
     return prompt
 
 
+def _check_placeholders(templates: Sequence[str], what: str, needed: Set[str], allowed: Set[str]) -> None:
+    """Raises `ValueError` for a placeholder that ``templates`` together lack, or that would be sent as it is."""
+    found = {name: None for template in templates for name in _PLACEHOLDER.findall(template)}
+    if unknown := [name for name in found if name not in allowed]:
+        hint = did_you_mean(unknown[0], allowed) if allowed else ", which would be sent as it is"
+        raise ValueError(f"{what} has no {{{unknown[0]}}}{hint}")
+    if missing := sorted(needed - found.keys()):
+        raise ValueError(f"{what}: the placeholder {' and '.join(f'{{{name}}}' for name in missing)} is missing")
+
+
 def _fill(template: str, values: Mapping[str, str]) -> str:
     """``template`` with its placeholders replaced in one pass: braces in a text stay what they are."""
-    return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], template)

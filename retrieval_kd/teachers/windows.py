@@ -48,8 +48,8 @@ OrderWindows = Callable[[list[Window]], list[list[int]]]
 
 
 def window_bounds(n: int, size: int, stride: int) -> list[tuple[int, int]]:
-    """The windows (start, stop) over a list of ``n``, from its end to its start; none for a list of one."""
-    if n < 2:
+    """The windows (start, stop) over a list of ``n``, from its end to its start."""
+    if not n:
         return []
     bounds = [(max(0, n - size), n)]
     while bounds[-1][0] > 0:
@@ -58,16 +58,21 @@ def window_bounds(n: int, size: int, stride: int) -> list[tuple[int, int]]:
     return bounds
 
 
-def rank_scores(shard: Sequence[Candidates], keys: WindowKeys, order_windows: OrderWindows) -> list[np.ndarray]:
+def rank_scores(
+    shard: Sequence[Candidates], keys: WindowKeys, order_windows: OrderWindows, *, show_single: bool = False
+) -> list[np.ndarray]:
     """Scores [n] float32 for each list: minus its 1-based rank, or minus the mean of its ranks over the shuffles.
 
     The windows of all lists and shuffles that can be put in order at the same time go to ``order_windows`` together.
+    A list of one document has its order already; ``show_single`` makes a window of it all the same, so that a ranker
+    that cannot read the document fails over it.
     """
     starts = [
         (i, order) for i, query in enumerate(shard) for order in _starting_orders(query.query_id, len(query.rows), keys)
     ]
     orders = [list(order) for _, order in starts]
-    bounds = [window_bounds(len(order), keys.window, keys.stride) for order in orders]
+    shown = [order if show_single or len(order) > 1 else [] for order in orders]
+    bounds = [window_bounds(len(order), keys.window, keys.stride) for order in shown]
     for turn in range(max((len(of_list) for of_list in bounds), default=0)):
         active = [j for j in range(len(orders)) if turn < len(bounds[j])]
         windows = [Window(starts[j][0], orders[j][slice(*bounds[j][turn])]) for j in active]

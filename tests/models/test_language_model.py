@@ -9,6 +9,7 @@ import tiny
 import tiny_language_models as lm
 
 from retrieval_kd.errors import InputError
+from retrieval_kd.models.decoding import Rule
 from retrieval_kd.models.language_model import LanguageModel
 
 TEXTS = ["w1", "w2 w3 w4 w5 w6 w7 w8", "w9 w10", "w11 w12 w13 w14", "query : w1 w2 w3 w1 [ A ]"]
@@ -104,6 +105,49 @@ def test_special_tokens(model: LanguageModel, t5: Path) -> None:
     assert reader.tokenizer.convert_ids_to_tokens(reader.tokenize(["w1 w2"])[0]) == ["w1", "w2", "</s>"]
 
 
+def test_nothing_stands_between_a_prompt_and_its_answer(t5: Path, tmp_path: Path) -> None:
+    """``</s>`` that a tokenizer adds is an encoder's; a causal model would be asked what follows its own end."""
+    model = LanguageModel.load(lm.make_causal(tmp_path, lm.word_tokenizer(ends=True)))
+    words = model.tokenizer.convert_ids_to_tokens
+    assert model.tokenizer("w1")["input_ids"] == model.tokenizer.convert_tokens_to_ids(["w1", "</s>"])
+    assert [words(ids) for ids in model.tokenize(["w1 w2", "w3 </s>"], "[")] == [["w1", "w2", "["], ["w3", "</s>", "["]]
+    assert words(LanguageModel.load(t5).tokenize(["w1 </s>"])[0]) == ["w1", "</s>", "</s>"]
+
+
+def test_special_tokens_in_a_text_of_others(model: LanguageModel, tmp_path: Path) -> None:
+    assert model.ordinary("w1</s> <s <|end|>w2<|user|>") == "w1< /s> <s < |end|>w2< |user|>"
+    bytes_model = LanguageModel.load(lm.make_causal(tmp_path, lm.byte_tokenizer()))
+    for one in (model, bytes_model):
+        special = set(one.tokenizer.all_special_ids) - {one.tokenizer.unk_token_id}
+        for text in ("<|end|>", "<|e<|end|>nd|>", "<s></s>", "a</s><|user|>", "<|user|>\n" * 3):
+            assert special & set(one.tokenize(["w1 " + text])[0][1:]), text
+            assert not special & set(one.tokenize(["w1 " + one.ordinary(text)])[0][1:]), text
+
+
+def test_special_tokens_that_a_normalizer_makes(causal: Path) -> None:
+    """A unigram model as T5's finds ``</s>`` in its vocabulary after full-width signs became plain ones."""
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((sign, -5.0) for sign in "</s> ")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.normalizer = normalizers.NFKC()
+    loaded = LanguageModel.load(causal)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+    model = LanguageModel(loaded.source, loaded.network, made)
+    wide = "\uff1c/s\uff1e"
+    assert made.convert_ids_to_tokens(model.tokenize([wide])[0]) == ["</s>"]
+    assert "".join(made.convert_ids_to_tokens(model.tokenize([model.ordinary(wide)])[0])) == "< /s>"
+    assert model.ordinary("\uff1cs") == "\uff1cs"
+
+
+def test_special_tokens_that_overlap(causal: Path) -> None:
+    tokenizer = lm.word_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<a><", "><b>"]})
+    loaded = LanguageModel.load(causal)
+    assert LanguageModel(loaded.source, loaded.network, tokenizer).ordinary("<a><b>") == "< a> <b>"
+
+
 def test_chat_templates_that_cannot_be_used(t5: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no chat template, .* take a chat model, or a prompt with text:"):
         LanguageModel.load(t5).tokenize([MESSAGES])
@@ -196,8 +240,19 @@ def test_nan(tmp_path: Path) -> None:
     model = LanguageModel.load(lm.spoil(lm.make_causal(tmp_path), "w7"))
     prompts = model.tokenize(TEXTS[:2])
     assert np.isnan(model.next_token_logits(prompts, [5, 6], 100)).tolist() == [[False] * 2, [True] * 2]
-    with pytest.raises(FloatingPointError, match="NaN logits"):
+    with pytest.raises(FloatingPointError, match="NaN or infinite logits"):
         model.generate(prompts, max_new_tokens=2, batch_tokens=100)
+
+
+def test_logits_that_are_no_numbers() -> None:
+    """Minus infinity is an answer (a token nobody uses), plus infinity and NaN are none."""
+    import torch
+
+    usual = torch.tensor([[0.0, -torch.inf]])
+    assert Rule(None, 0)(None, usual) is usual
+    for value in (torch.inf, torch.nan):
+        with pytest.raises(FloatingPointError, match="NaN or infinite logits"):
+            Rule(None, 0)(None, torch.tensor([[0.0, value]]))
 
 
 def test_models_that_cannot_be_used(model: LanguageModel, tmp_path: Path) -> None:

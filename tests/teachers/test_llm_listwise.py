@@ -100,7 +100,7 @@ def ranks(order: Sequence[int]) -> list[float]:
 def test_ranks_are_those_of_a_plain_ranker(
     decoding: str, identifiers: str, causal: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Lists of 4, 3 and 1 together; a list of one is not asked about."""
+    """Lists of 4, 3 and 1 together; a list of one is read too, for the model may not be able to."""
     made = teacher(causal, request.getfixturevalue(identifiers), decoding=decoding)
     scores, lost = made.score(SHARD, TEXTS)
     ranker = Ranker(causal, identifiers)
@@ -110,7 +110,7 @@ def test_ranks_are_those_of_a_plain_ranker(
     assert [order for order in expected if order != sorted(order)]
     assert [of_query.tolist() for of_query in lost] == [[0] * 4, [0] * 3, [0]]
     assert scores[0].dtype == np.float32 and lost[0].dtype == np.int32
-    assert +made.counts == {"windows": 2}
+    assert +made.counts == {"windows": 3}
     assert (made.score_kind, made.independent) == ("rank", False)
 
 
@@ -219,12 +219,12 @@ def test_free_answers_are_repaired_and_counted(causal: Path, numbers: str) -> No
     scores, _ = made.score(SHARD, TEXTS)
     ranker = Ranker(causal, "numbers")
     malformed = 0
-    for query, texts, found in zip(SHARD[:2], TEXTS, scores, strict=False):
+    for query, texts, found in zip(SHARD, TEXTS, scores, strict=True):
         answer = lm.greedy(ranker.network, ranker.ids(query.text, texts, start=""), steps=made._answer_tokens)
         order, repaired = parse_permutation(ranker.tokenizer.decode(answer), ranker.names[: len(texts)])
         assert found.tolist() == ranks(order)
         malformed += repaired
-    assert made.counts["malformed_answers"] == malformed == 2
+    assert made.counts["malformed_answers"] == malformed == 3
 
 
 def test_an_encoder_decoder_writes_permutations(numbers: str, letters: str, tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_shuffles(causal: Path, letters: str) -> None:
 @pytest.mark.parametrize("decoding", ["permutation", "first-token"])
 def test_nan_is_no_order(decoding: str, letters: str, tmp_path: Path) -> None:
     model = lm.spoil(lm.make_causal(tmp_path / "model"), "w7")
-    with pytest.raises(FloatingPointError, match="NaN logits"):
+    with pytest.raises(FloatingPointError, match="NaN or infinite logits"):
         teacher(model, letters, decoding=decoding).score(SHARD, TEXTS)
 
 

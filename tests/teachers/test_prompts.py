@@ -103,6 +103,17 @@ def test_identifiers() -> None:
         (LISTWISE | {"text": "{query}"}, r"the placeholder \{passages\} is missing"),
         (LISTWISE | {"passage": "{document}"}, r"passage: the placeholder \{identifier\} is missing"),
         ([1], "a prompt is a mapping"),
+        (
+            POINTWISE | {"text": "{instrution} {query} {document}"},
+            r"no \{instrution\} \(did you mean 'instruction'\?\)",
+        ),
+        (LISTWISE | {"text": "{num} {query} {passages}"}, r"no \{num\} \(did you mean 'number'\?\)"),
+        (LISTWISE | {"text": "{query} {passages} {document}"}, r"a listwise prompt has no \{document\}"),
+        (LISTWISE | {"passage": "[{identifier}] {document} {passages}"}, r"passage has no \{passages\}"),
+        (POINTWISE | {"instruction": "find {query}"}, r"instruction has no \{query\}, which would be sent as it is"),
+        (POINTWISE | {"answer_start": "{document}"}, r"answer_start has no \{document\}"),
+        (POINTWISE | {"positive": ""}, "positive: and negative: are words, not empty"),
+        (POINTWISE | {"positive": "No "}, "positive: and negative: are the same answer, 'No '"),
     ],
 )
 def test_prompt_files_that_cannot_be_right(values: Any, message: str, tmp_path: Path) -> None:
@@ -110,6 +121,44 @@ def test_prompt_files_that_cannot_be_right(values: Any, message: str, tmp_path: 
     path.write_text("- 1") if isinstance(values, list) else tiny.write_recipe(path, values)
     with pytest.raises(RecipeError, match=f"mine.yaml: .*{message}"):
         load_prompt(str(path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "turns", "message"),
+    [
+        ("pointwise", ["{query} {document}", "*{document}"], "a pointwise prompt has no turn with each_passage"),
+        (
+            "listwise",
+            ["{query}", "*[{identifier}]", "*received"],
+            r"each_passage: the placeholder \{document\} is missing",
+        ),
+        ("listwise", ["{query}", "*{document}"], r"each_passage: the placeholder \{identifier\} is missing"),
+        ("listwise", ["{query}", "*[{identifier}] {document} {passages}"], r"each_passage has no \{passages\}"),
+        ("listwise", ["{query} {document}", "*[{identifier}] {document}"], r"a listwise prompt has no \{document\}"),
+        (
+            "listwise",
+            ["{query} {identifier}", "*[{identifier}] {document}"],
+            r"a listwise prompt has no \{identifier\}",
+        ),
+        ("listwise", ["rank", "*[{identifier}] {document} {query}"], r"a listwise prompt: the .* \{query\} is missing"),
+        ("listwise", ["{query}"], r"the placeholder \{passages\} is missing"),
+    ],
+)
+def test_turns_that_cannot_be_right(kind: str, turns: list[str], message: str, tmp_path: Path) -> None:
+    """A turn with ``*`` has each_passage."""
+    answers = {"positive": "yes", "negative": "no"} if kind == "pointwise" else {}
+    messages = [{"role": "user", "content": turn.strip("*"), "each_passage": turn.startswith("*")} for turn in turns]
+    path = tiny.write_recipe(tmp_path / "mine.yaml", {"kind": kind, "messages": messages, **answers})
+    with pytest.raises(RecipeError, match=f"mine.yaml: .*{message}"):
+        load_prompt(path)
+
+
+def test_turns_together_show_the_passage() -> None:
+    """The identifier in one turn, the document in the next."""
+    turns = ["{query} {number}", "*[{identifier}]", "*{document}"]
+    messages = [{"role": "user", "content": turn.strip("*"), "each_passage": turn.startswith("*")} for turn in turns]
+    shown = prompt(kind="listwise", messages=messages).listwise("q", ["x", "{query}"])
+    assert [turn["content"] for turn in shown if isinstance(turn, dict)] == ["q 2", "[1]", "x", "[2]", "{query}"]
 
 
 def test_names_that_are_no_prompt(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_bounds() -> None:
     assert window_bounds(7, 3, 2) == [(4, 7), (2, 5), (0, 3)]
     assert window_bounds(4, 3, 2) == [(1, 4), (0, 2)]
     assert window_bounds(20, 20, 10) == window_bounds(20, 30, 10) == [(0, 20)]
-    assert window_bounds(2, 20, 10) == [(0, 2)] and window_bounds(1, 20, 10) == window_bounds(0, 20, 10) == []
+    assert [window_bounds(n, 20, 10) for n in (2, 1, 0)] == [[(0, 2)], [(0, 1)], []]
 
 
 def test_a_perfect_ranker_by_hand() -> None:
@@ -59,6 +59,19 @@ def test_windows_of_all_lists_are_asked_together() -> None:
     scores = rank_scores(candidates(6, 1, 3), WindowKeys(window=4, stride=2), reverse)
     assert asked == [[(0, [2, 3, 4, 5]), (2, [0, 1, 2])], [(0, [0, 1, 5, 4])]]
     assert [of_query.tolist() for of_query in scores] == [[-4, -3, -6, -5, -1, -2], [-1], [-3, -2, -1]]
+
+
+def test_a_list_of_one_is_shown_when_asked() -> None:
+    """It has its rank in any case; a ranker that is paid for is not asked."""
+    asked: list[Window] = []
+
+    def note(windows: list[Window]) -> list[list[int]]:
+        asked.extend(windows)
+        return [list(range(len(window.members))) for window in windows]
+
+    assert [rank_scores(candidates(1, 0), WindowKeys(), note)[0].tolist(), asked] == [[-1], []]
+    assert rank_scores(candidates(1, 0), WindowKeys(), note, show_single=True)[0].tolist() == [-1]
+    assert asked == [Window(0, [0])]
 
 
 def test_shuffles_are_averaged() -> None:
