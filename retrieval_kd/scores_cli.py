@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from retrieval_kd.data.score_kinds import SCORE_KINDS
 from retrieval_kd.options import Force, Json, MaybeCollection, Out, Overrides, Verbose, by_name_of
 from retrieval_kd.output import make, print_json
 
@@ -70,10 +72,16 @@ def convert(
         str | None, typer.Option("--labels", metavar="SPLIT", help="Whose qrels say which documents are positive.")
     ] = None,
     negatives: Annotated[
-        int | None, typer.Option("--negatives", min=1, help="Negatives in a row of sentence-transformers.")
+        int | None,
+        typer.Option(
+            "--negatives",
+            min=1,
+            help="Negatives in a row of sentence-transformers; by default the fewest that a query has. A query with "
+            "more gets several rows, the last of which repeats some: it weighs more. One with fewer is left out.",
+        ),
     ] = None,
     score_kind: Annotated[
-        str | None, typer.Option("--score-kind", help="What an imported score is: logit, cosine, rank and so on.")
+        str | None, typer.Option("--score-kind", help=f"What an imported score is: {', '.join(SCORE_KINDS)}.")
     ] = None,
     force: Force = False,
     as_json: Json = False,
@@ -87,28 +95,31 @@ def convert(
     Example: retrieval-kd scores convert runs/scores --from retrieval-kd --to pylate --out runs/scores.parquet
     """
     from retrieval_kd.data.score_formats.convert import OWN, convert_scores
+    from retrieval_kd.data.score_formats.export import Written
 
-    def work() -> object:
-        return convert_scores(
-            source,
-            from_format=from_format,
-            to_format=to_format,
-            out=out,
-            collection=collection,
-            labels=labels,
-            negatives=negatives,
-            score_kind=score_kind,
-            force=force,
-        )
-
+    work = partial(
+        convert_scores,
+        source,
+        from_format=from_format,
+        to_format=to_format,
+        out=out,
+        collection=collection,
+        labels=labels,
+        negatives=negatives,
+        score_kind=score_kind,
+        force=force,
+    )
     if to_format == OWN:
         make(out, work, as_json)
         return
-    work()
+    written = work()
+    assert isinstance(written, Written)
     if as_json:
-        print_json({"path": str(out), "format": to_format, "bytes": out.stat().st_size})
+        facts = {"format": to_format, "bytes": out.stat().st_size, "counts": written.counts}
+        print_json({"path": str(out), **facts})
     else:
-        typer.echo(f"{out}: {to_format}")
+        counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in written.counts.items())
+        typer.echo(f"{out}: {to_format} with {counts}")
 
 
 @scores_app.command("ensemble")

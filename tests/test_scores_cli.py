@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from retrieval_kd.cli import app
 from retrieval_kd.data.collection import Collection
+from retrieval_kd.teachers.bm25 import BM25Teacher
 
 
 def call(*arguments: object, expect: int = 0) -> Any:
@@ -71,11 +72,30 @@ def test_show(recipe: str, collection: Collection, candidates: Path, tmp_path: P
     assert "no split 'nobody'" in refused.output
 
 
+def test_show_lists_what_the_driver_could_not_score(
+    recipe: str, collection: Collection, candidates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison = collection.documents.text(0)
+    scored = BM25Teacher.score
+
+    def refuse(self: BM25Teacher, shard: Any, texts: Any) -> Any:
+        if any(poison in of_query for of_query in texts):
+            raise ValueError("cannot read this")
+        return scored(self, shard, texts)
+
+    monkeypatch.setattr(BM25Teacher, "score", refuse)
+    said = score(recipe, collection, candidates, tmp_path / "scores", "--json").stdout
+    failed = json.loads(said)["counts"]["failed_pairs"]
+    text = call("scores", "show", tmp_path / "scores").stdout.splitlines()
+    at = text.index(f"{failed:,} pairs could not be scored and are not in the file")
+    assert failed and f", document '{collection.documents.id(0)}': ValueError: cannot read this" in text[at + 1]
+
+
 def test_convert_there_and_back(recipe: str, collection: Collection, candidates: Path, tmp_path: Path) -> None:
     score(recipe, collection, candidates, tmp_path / "scores")
     run, back = tmp_path / "scores.trec", tmp_path / "back"
     said = call("scores", "convert", tmp_path / "scores", "--from", "retrieval-kd", "--to", "trec", "--out", run).stdout
-    assert said == f"{run}: trec\n" and len(run.read_text().splitlines()) == 180
+    assert said == f"{run}: trec with 30 queries, 0 queries left out\n" and len(run.read_text().splitlines()) == 180
     said = call(
         "scores", "convert", run, "--from", "trec", "--to", "retrieval-kd", "--score-kind", "bm25", "--out", back
     )
@@ -87,7 +107,23 @@ def test_convert_there_and_back(recipe: str, collection: Collection, candidates:
     facts = call(
         "scores", "convert", back, "--from", "retrieval-kd", "--to", "pylate", "--out", tmp_path / "p.jsonl", "--json"
     )
-    assert json.loads(facts.stdout)["format"] == "pylate"
+    found = json.loads(facts.stdout)
+    assert (found["format"], found["counts"]) == ("pylate", {"queries": 30, "queries_left_out": 0})
+
+
+def test_convert_tells_its_rows(recipe: str, collection: Collection, candidates: Path, tmp_path: Path) -> None:
+    """Every query has six candidates: one positive, and five negatives in rows of two."""
+    score(recipe, collection, candidates, tmp_path / "scores")
+    out = tmp_path / "x.parquet"
+    options = ["--from", "retrieval-kd", "--to", "sentence-transformers", "--negatives", 2]
+    said = call("scores", "convert", tmp_path / "scores", *options, "--out", out, "--json").stdout
+    counts = json.loads(said)["counts"]
+    assert (counts["queries"], counts["rows"], counts["negatives_a_row"]) == (30, 90, 2)
+    assert counts["repeated_documents"] == 30
+    said = " ".join(call("scores", "convert", "--help").stdout.split())
+    assert "by default the fewest that a query has" in said and "meanmaxsim" in said
+    refused = call("scores", "convert", tmp_path / "scores", *options, "--out", tmp_path / "x.csv", expect=2)
+    assert "written as .parquet or .jsonl" in refused.output
 
 
 def test_ensemble(recipe: str, collection: Collection, candidates: Path, tmp_path: Path) -> None:
@@ -96,6 +132,10 @@ def test_ensemble(recipe: str, collection: Collection, candidates: Path, tmp_pat
     members = [f"a={tmp_path / 'one'}", f"b={tmp_path / 'two'}"]
     said = call("scores", "ensemble", "teachers/ensemble-heterogeneous", *members, "--out", tmp_path / "both").stdout
     assert said.startswith(f"{tmp_path / 'both'}: scores with 30 queries, 180 pairs")
+    shown = call("scores", "show", tmp_path / "both").stdout.splitlines()
+    fingerprint = json.loads((tmp_path / "one" / "manifest.json").read_text())["fingerprint"][:12]
+    assert shown[shown.index("Members") + 1] == f"  a: bm25, bm25, bm25, fingerprint {fingerprint}"
+    assert "  0 queries were left out: not every member has them" in shown
     refused = call(
         "score",
         "teachers/ensemble-t2",

@@ -11,6 +11,7 @@ import numpy as np
 from retrieval_kd.artifact import Plan
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.data.score_formats.convert import convert_scores
+from retrieval_kd.data.score_formats.export import Written
 from retrieval_kd.data.scores import Scores, write_shard
 
 Rows = Sequence[tuple[str, Sequence[str], Sequence[float]]]
@@ -49,8 +50,8 @@ def bits_of(rows: Rows) -> dict[str, dict[str, int]]:
 
 def export(scores: Scores, name: str, out: Path, **options: Any) -> Path:
     """The file that a score artifact was written to."""
-    path = convert_scores(scores.path, from_format="retrieval-kd", to_format=name, out=out, **options)
-    assert path == out
+    written = convert_scores(scores.path, from_format="retrieval-kd", to_format=name, out=out, **options)
+    assert isinstance(written, Written) and written.path == out
     return out
 
 

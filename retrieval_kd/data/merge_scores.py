@@ -76,7 +76,7 @@ def _join_slices(
                 shutil.copyfile(shard, draft.path / name)
             statistics = [shard_statistics(read_shard(shard)) for _, shard in sorted(files.items())]
             draft.counts.update(total_counts(statistics))
-            draft.details.update(loaded[0].manifest.details)
+            draft.details.update(_details(loaded))
             write_failed(draft.path, [row for of_shard in statistics for row in of_shard[FAILED]])
     return Scores.load(out)
 
@@ -89,13 +89,15 @@ def _unite(parts: Sequence[str | Path], loaded: Sequence[Scores], out: Path, for
     if not plan.finished(out, force=force):
         with plan.write(out, force=force) as draft:
             writer = ShardWriter(draft.path)
+            failed = _failed_anywhere(loaded)
             for row in _union(parts, [ScoreRows(part) for part in loaded]):
                 writer.add(row)
+                for doc_id in row.doc_ids:  # what failed in one file may have a score in another
+                    failed.pop((row.query_id, doc_id), None)
             statistics = writer.close()
-            failed = _failed_everywhere(loaded)
             draft.counts.update(total_counts(statistics) | {"failed_pairs": len(failed)})
-            draft.details.update(loaded[0].manifest.details)
-            write_failed(draft.path, failed)
+            draft.details.update(_details(loaded))
+            write_failed(draft.path, [[*pair, reason] for pair, reason in failed.items()])
     return Scores.load(out)
 
 
@@ -133,7 +135,8 @@ def _one_row(
             elif scores[j] != value:
                 raise ArtifactError(
                     f"{parts[k]}: query {row.query_id!r}, document {doc_id!r} has score {value!r}, "
-                    f"but {scores[j]!r} in an earlier file; were they scored with the same software and hardware?"
+                    f"but {scores[j]!r} in an earlier file. Pairs in both merge only when equal to the last digit, "
+                    "which other batches, software or hardware may change: score the pairs that are new with --reuse instead"
                 )
     tokens_lost = np.array(lost, dtype=np.int32) if known else None
     return ScoredQuery(whole.query_id, doc_ids, np.array(scores, dtype=np.float32), tokens_lost)
@@ -144,18 +147,37 @@ def _lost(row: ScoredQuery) -> list[int]:
     return [0] * len(row.doc_ids) if row.tokens_lost is None else list(row.tokens_lost.tolist())
 
 
-def _failed_everywhere(loaded: Sequence[Scores]) -> list[list[str]]:
-    """What failed in one of the files; the same pair once."""
-    failed: dict[tuple[str, str], list[str]] = {}
+def _failed_anywhere(loaded: Sequence[Scores]) -> dict[tuple[str, str], str]:
+    """Query and document → reason of what failed in one of the files."""
+    failed: dict[tuple[str, str], str] = {}
     for part in loaded:
         path = part.path / "failed.jsonl"
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             row = json.loads(line)
-            failed.setdefault((row["query_id"], row["doc_id"]), [row["query_id"], row["doc_id"], row["reason"]])
-    return list(failed.values())
+            failed.setdefault((row["query_id"], row["doc_id"]), row["reason"])
+    return failed
+
+
+def _details(loaded: Sequence[Scores]) -> dict[str, Any]:
+    """The first file's details, with what all of them have used of an endpoint."""
+    details = dict(loaded[0].manifest.details)
+    used = [part.manifest.details.get("usage", {}) for part in loaded]
+    if all(used):
+        sums: dict[str, Any] = {}
+        for name in used[0]:
+            values = [usage.get(name) for usage in used]
+            sums[name] = None if None in values else sum(values)
+        models = {name for part in loaded for name in part.manifest.details.get("served_models", ())}
+        details |= {"usage": sums, "served_models": sorted(models)}
+    return details
 
 
 def _refuse_strangers(parts: Sequence[str | Path], loaded: Sequence[Scores]) -> None:
+    for path, part in zip(parts, loaded, strict=True):
+        if part.manifest.details.get("teacher") == "ensemble":
+            raise ArtifactError(f"{path}: an ensemble; merge its members, then combine them again")
+        if part.manifest.details.get("teacher") == "import":
+            raise ArtifactError(f"{path}: imported, so that its teacher is not known; join the files before importing")
     for path, part in zip(parts[1:], loaded[1:], strict=True):
         for name in ("model", "collection"):
             if _inputs(part).get(name) != _inputs(loaded[0]).get(name):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from retrieval_kd.data.collection import Collection
+from retrieval_kd.data.score_kinds import COUNTED_KINDS
 from retrieval_kd.data.score_labels import against_labels
 from retrieval_kd.data.score_pictures import refuse_other_formats, write_histogram
 from retrieval_kd.data.score_statistics import Moments, Quantiles, Truncation, WithinQueries
@@ -166,13 +167,19 @@ def _ties(within: WithinQueries, pairs: int, score_kind: str) -> dict[str, Any]:
     """Pairs that share their score with another document of the query, and what may be behind them."""
     share = within.tied_pairs / pairs
     hint = None
-    if share >= MANY_TIES and score_kind != "rank":
+    if share >= MANY_TIES and score_kind not in COUNTED_KINDS:
         low_precision = [name for name, every in within.representable.items() if every]
-        hint = (
-            f"every score is a {low_precision[0]} number: was the teacher run in low precision? Then score in float32"
-            if low_precision
-            else "look at both ends of the histogram: a saturated activation ties, and so do documents that are copies"
-        )
+        if within.small_integers:
+            hint = "every score is a small whole number, as grades and ranks are: such scores tie by nature"
+        elif low_precision:
+            hint = (
+                f"every score is a {low_precision[0]} number: was the teacher run in low precision? "
+                "Then score in float32"
+            )
+        else:
+            hint = (
+                "look at both ends of the histogram: a saturated activation ties, and so do documents that are copies"
+            )
     return {"pairs": within.tied_pairs, "share": share, "queries": within.queries_with_ties, "hint": hint}
 
 

@@ -14,7 +14,27 @@ _MERGED = 3
 """Bins of the histogram that are one line on a terminal."""
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _LONGEST = 100
-_SAID_ELSEWHERE = {"teacher", "score_kind"}
+_SAID_ELSEWHERE = {"kind", "teacher", "score_kind", "members", "tokens_lost_unit"}
+_COUNTED_ELSEWHERE = {"queries", "pairs", "shards", "truncated_pairs", "tokens_lost", "failed_pairs"}
+_COUNTS = {
+    "windows": "windows of documents were put in order",
+    "windows_in_present_order": "windows without a readable answer kept the order they were shown in",
+    "malformed_answers": "answers were malformed: repaired, asked for again, or given up",
+    "bounded_log_odds": "log-odds are only a bound: one of the two answers was not among the tokens returned",
+    "reused_pairs": "pairs were taken over from other score files",
+    "repeated_pairs": "pairs of the source repeated another one with the same score",
+    "empty_queries": "queries of the source had an empty list of documents and are not in the file",
+    "queries_left_out": "queries were left out: not every member has them",
+    "pairs_left_out": "pairs of the other queries were left out: not every member scored them",
+    "missing_scores": "scores that a member lacks were filled in",
+}
+"""What a count says; others are called by their names."""
+_MANY = 0.1
+_ALARMS = {
+    "windows_in_present_order": "their ranks are those of the candidates, not the teacher's",
+    "malformed_answers": "look at what the model answers, and at the prompt, before you use these scores",
+}
+"""What more than the share ``_MANY`` of a count means."""
 
 
 def lines(description: Mapping[str, Any]) -> list[str]:
@@ -22,13 +42,15 @@ def lines(description: Mapping[str, Any]) -> list[str]:
     parts = [
         _heading(description),
         _table("Teacher", _facts(description)),
+        _members(description["details"].get("members")),
         _table("Made from", {name: _input(entry) for name, entry in description["inputs"].items()}),
         [f"Software: {', '.join(f'{name} {version}' for name, version in description['software'].items())}"],
         _failed(description["failed"]),
+        _counts(description["counts"]),
         _scores(description),
         histogram_lines(description["histogram"]),
         _queries(description["queries"], description["ties"], description["scores"]["pairs"]),
-        _truncation(description["truncation"]),
+        _truncation(description["truncation"], description["details"].get("tokens_lost_unit", "tokens")),
         _labels(description["labels"]),
     ]
     return [line for part in parts if part for line in [*part, ""]][:-1]
@@ -59,32 +81,46 @@ def bar(share: float) -> str:
 
 def _heading(description: Mapping[str, Any]) -> list[str]:
     pairs, queries = description["scores"]["pairs"], description["queries"]["queries"]
+    shards = description["counts"].get("shards", 0)
     return [
         f"{description['path']}: {description['teacher'] or 'unknown'} scores ({description['score_kind']}), "
         f"{pairs:,} pairs of {queries:,} queries",
-        f"made {description['created']}, fingerprint {description['fingerprint'][:12]}",
+        f"made {description['created']}, fingerprint {description['fingerprint'][:12]}, "
+        f"{shards:,} shard{'' if shards == 1 else 's'}",
     ]
 
 
 def _facts(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Details first, then the recipe's other keys; what is empty is left out, and mappings are opened one level."""
-    details = {key: value for key, value in description["details"].items() if key not in _SAID_ELSEWHERE}
-    recipe = {key: value for key, value in description["recipe"].items() if key != "kind" and key not in details}
-    facts = {}
-    for key, value in {**details, **recipe}.items():
-        parts = {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
-        facts.update({name: part for name, part in parts.items() if part not in (None, [], {}, "")})
-    return facts
+    """Details first, then the recipe's other keys; what is empty is left out."""
+    details = {key: _separated(value) for key, value in description["details"].items()}
+    facts = {**details, **description["recipe"], **details}
+    return {key: value for key, value in facts.items() if key not in _SAID_ELSEWHERE}
+
+
+def _separated(value: Any) -> Any:
+    """A value in which whole numbers are written with separators of thousands."""
+    if isinstance(value, dict):
+        return {key: _separated(part) for key, part in value.items()}
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
-    width = max((len(key) for key in rows), default=0)
-    return [title, *(f"  {key:<{width}}  {_value(value)}" for key, value in rows.items())] if rows else []
+    found = _rows(rows, "  ")
+    return [title, *found] if found else []
+
+
+def _rows(rows: Mapping[str, Any], indent: str) -> list[str]:
+    """A line for each value, then each mapping as a heading over its own lines. What is empty is left out."""
+    plain = {key: value for key, value in rows.items() if not isinstance(value, dict) and value not in (None, [], "")}
+    width = max(map(len, plain), default=0)
+    found = [f"{indent}{key:<{width}}  {_value(value)}" for key, value in plain.items()]
+    for key, value in rows.items():
+        if isinstance(value, dict) and (inner := _rows(value, f"{indent}  ")):
+            found += [f"{indent}{key}", *inner]
+    return found
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, dict):
-        value = {key: part for key, part in value.items() if part is not None}
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
@@ -94,11 +130,44 @@ def _input(entry: Mapping[str, str]) -> str:
     return f"{entry.get('absolute', entry.get('name', 'unnamed'))} ({entry['fingerprint'][:12]})"
 
 
+def _members(members: Mapping[str, Mapping[str, Any]] | None) -> list[str]:
+    """What an ensemble was made of, a line a member."""
+    if not members:
+        return []
+    found = ["Members"]
+    for name, member in members.items():
+        revision = f"revision {member['revision']}" if member.get("revision") else None
+        fingerprint = f"fingerprint {member['fingerprint'][:12]}" if member.get("fingerprint") else None
+        parts = (member.get("score_kind"), member.get("teacher"), member.get("model"), revision, fingerprint)
+        found.append(f"  {name}: {', '.join(str(part) for part in parts if part)}")
+    return found
+
+
 def _failed(failed: Mapping[str, Any] | None) -> list[str]:
     if failed is None:
         return []
-    examples = [f"  {_value(example)}" for example in failed["first"]]
+    examples = [
+        f"  query {row['query_id']!r}, document {row['doc_id']!r}: {_value(row['reason'])}" for row in failed["first"]
+    ]
+    if examples and failed["pairs"] > len(examples):
+        examples.append(f"  … and {failed['pairs'] - len(examples):,} more in failed.jsonl")
     return [f"{failed['pairs']:,} pairs could not be scored and are not in the file", *examples]
+
+
+def _counts(counts: Mapping[str, int]) -> list[str]:
+    """Every count that no other line says, and what is too many of it."""
+    rest = {name: value for name, value in counts.items() if name not in _COUNTED_ELSEWHERE}
+    if not rest:
+        return []
+    width = max(len(f"{value:,}") for value in rest.values())
+    found = [f"  {value:>{width},} {_COUNTS.get(name, name.replace('_', ' '))}" for name, value in rest.items()]
+    unit = "windows" if "windows" in counts else "pairs"
+    asked = counts.get("windows", counts["pairs"] - counts.get("reused_pairs", 0))
+    for name, alarm in _ALARMS.items():
+        if counts.get(name, 0) > _MANY * asked:
+            share = counts[name] / max(asked, 1)
+            found.append(f"  WARNING: {counts[name]:,} for {asked:,} {unit} ({share:.0%}): {alarm}")
+    return ["Counts", *found]
 
 
 def _scores(description: Mapping[str, Any]) -> list[str]:
@@ -129,7 +198,7 @@ def _queries(queries: Mapping[str, Any], ties: Mapping[str, Any], pairs: int) ->
     return found
 
 
-def _truncation(truncation: Mapping[str, Any]) -> list[str]:
+def _truncation(truncation: Mapping[str, Any], unit: str) -> list[str]:
     if not truncation["known_pairs"]:
         return ["Truncation: the file does not say what was cut"]
     if not truncation["cut_pairs"]:
@@ -138,8 +207,8 @@ def _truncation(truncation: Mapping[str, Any]) -> list[str]:
     worst = [f"{row['doc_id']!r} ({row['most']:,} in a pair, {row['pairs']:,} pairs)" for row in truncation["worst"]]
     return [
         f"Truncation: {truncation['cut_pairs']:,} of {truncation['known_pairs']:,} pairs ({share:.1%}) were cut, "
-        f"{truncation['tokens_lost']:,} tokens were not read",
-        f"  {truncation['cut_documents']:,} documents were cut; most tokens lost: {', '.join(worst)}",
+        f"{truncation['tokens_lost']:,} {unit} were not read",
+        f"  {truncation['cut_documents']:,} documents were cut; most {unit} lost: {', '.join(worst)}",
     ]
 
 

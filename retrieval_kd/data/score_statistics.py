@@ -10,6 +10,8 @@ import numpy as np
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_SMALL = 256
+"""Up to here every whole number is a bfloat16 and a float16 number, so that being one says nothing."""
 _MERGE_AT = 1 << 20
 """Rows of pairs that were cut which are kept before they are merged by document."""
 
@@ -108,6 +110,8 @@ class WithinQueries:
         self.queries_with_ties = 0
         self.representable = {"bfloat16": True, "float16": True}
         """Whether every score is a number of that type, as when a model's low-precision output was kept."""
+        self.small_integers = True
+        """Whether every score is a whole number that all these types hold anyway."""
         self._lengths: list[np.ndarray] = []
         self._spreads: list[np.ndarray] = []
 
@@ -126,6 +130,7 @@ class WithinQueries:
         self.queries_with_ties += len(np.unique(query[order][tied]))
         with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite and differs
             self.representable["float16"] &= bool((scores.astype(np.float16) == scores).all())
+        self.small_integers &= bool(((scores == np.trunc(scores)) & (np.abs(scores) <= _SMALL)).all())
         self.representable["bfloat16"] &= not (scores.view(np.uint32) & 0xFFFF).any()
 
     @property

@@ -43,9 +43,8 @@ class ShardWriter:
     def _flush(self) -> None:
         if not self._rows:
             return
-        known = [row.tokens_lost for row in self._rows if row.tokens_lost is not None]
-        lost = known if len(known) == len(self._rows) else None
-        flat = np.concatenate(known) if lost else np.empty(0, dtype=np.int32)
+        lost = [row.tokens_lost for row in self._rows]
+        flat = np.concatenate([np.empty(0, dtype=np.int32), *(of_row for of_row in lost if of_row is not None)])
         statistics = {
             "queries": len(self._rows),
             "pairs": self._pairs,

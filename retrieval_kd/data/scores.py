@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 STATISTICS_KEY = b"retrieval_kd"
+CHECKSUM_KEY = b"retrieval_kd_crc32"
 LOST = ("truncated_pairs", "tokens_lost")
+BLAMED = "blamed"
+"""In a shard's statistics: what made pairs fail (``document 'd7'``, ``query 'q3'``) and why."""
 FAILED = "failed"
 """In a shard's statistics: query, document and reason of each pair that could not be scored."""
 
@@ -59,7 +63,8 @@ class Scores(Artifact):
     @cached_property
     def shards(self) -> list[Path]:
         """The shard files, in order."""
-        return [self.path / name for name in sorted(self.manifest.files) if name.endswith(".parquet")]
+        names = [name for name in self.manifest.files if name.endswith(".parquet")]
+        return [self.path / name for name in sorted(names, key=lambda name: (len(name), name))]
 
     @property
     def score_kind(self) -> str:
@@ -136,26 +141,27 @@ def write_shard(
     doc_ids: Sequence[Sequence[str]],
     scores: Sequence[np.ndarray],
     statistics: Mapping[str, Any],
-    tokens_lost: Sequence[np.ndarray] | None = None,
+    tokens_lost: Sequence[np.ndarray | None] | None = None,
 ) -> None:
     """Writes one shard whole or not at all. The same rows give the same bytes.
 
     ``statistics`` (counts, and what failed) travel in the file, so that a resumed run can add them up.
+    ``tokens_lost`` is None for what is not known, a row or all.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     _refuse_bad_scores(query_ids, doc_ids, scores)
+    known: Sequence[np.ndarray | None] = [None] * len(query_ids) if tokens_lost is None else tokens_lost
+    said = json.dumps(statistics, sort_keys=True).encode()
     table = pa.table(
         [
             pa.array(query_ids, pa.string()),
             pa.array([list(ids) for ids in doc_ids], pa.list_(pa.string())),
             pa.array([np.asarray(values, dtype=np.float32) for values in scores], pa.list_(pa.float32())),
-            pa.nulls(len(query_ids), pa.list_(pa.int32()))
-            if tokens_lost is None
-            else pa.array([np.asarray(lost, dtype=np.int32) for lost in tokens_lost], pa.list_(pa.int32())),
+            pa.array([None if lost is None else np.asarray(lost, dtype=np.int32) for lost in known], schema()[3].type),
         ],
-        schema=schema().with_metadata({STATISTICS_KEY: json.dumps(statistics, sort_keys=True).encode()}),
+        schema=schema().with_metadata({STATISTICS_KEY: said, CHECKSUM_KEY: _checksum(said)}),
     )
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
@@ -169,10 +175,11 @@ def read_shard(path: Path) -> pa.Table:
 
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ArtifactError(f"{path}: damaged score shard ({str(error).splitlines()[0]})") from error
+        names = ", ".join(table.column_names)
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are no UTF-8
+        raise ArtifactError(f"{path}: damaged score shard ({(str(error).splitlines() or [''])[0]})") from error
     if table.schema.remove_metadata() != schema():
-        raise ArtifactError(f"{path}: not a score shard (columns {', '.join(table.column_names)})")
+        raise ArtifactError(f"{path}: not a score shard (columns {names})")
     return table
 
 
@@ -186,9 +193,30 @@ def rows_of(table: pa.Table) -> Iterator[ScoredQuery]:
 
 
 def shard_statistics(table: pa.Table) -> dict[str, Any]:
-    """The statistics `write_shard` put into the file."""
-    statistics: dict[str, Any] = json.loads(table.schema.metadata[STATISTICS_KEY])
+    """The statistics `write_shard` put into the file. Raises `ArtifactError` when they are damaged."""
+    metadata = table.schema.metadata or {}
+    said = metadata.get(STATISTICS_KEY, b"")
+    if metadata.get(CHECKSUM_KEY) != _checksum(said):
+        raise ArtifactError("damaged score shard (its statistics differ from their checksum)")
+    statistics: dict[str, Any] = json.loads(said)
     return statistics
+
+
+def verified_statistics(path: Path) -> dict[str, Any]:
+    """The statistics of a shard that is read whole. Raises `ArtifactError` when anything in it is damaged.
+
+    A Parquet footer has no checksum: the rows are counted, because a damaged one may hide some.
+    """
+    table = read_shard(path)
+    statistics = shard_statistics(table)
+    pairs = sum(len(row.doc_ids) for row in rows_of(table))
+    if (len(table), pairs) != (statistics["queries"], statistics["pairs"]):
+        raise ArtifactError(f"{path}: damaged score shard ({len(table)} queries and {pairs} pairs were read)")
+    return statistics
+
+
+def _checksum(said: bytes) -> bytes:
+    return f"{zlib.crc32(said):08x}".encode()
 
 
 def total_counts(statistics: Iterable[Mapping[str, Any]]) -> dict[str, int]:
@@ -197,7 +225,7 @@ def total_counts(statistics: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     for of_shard in statistics:
         totals["shards"] += 1
         for name, value in of_shard.items():
-            if name != FAILED:
+            if name not in (FAILED, BLAMED):
                 totals[name] = totals.get(name, 0) + int(value)
     return totals
 

@@ -33,6 +33,7 @@ def make(
     failed: Sequence[Sequence[str]] = (),
     independent: bool = True,
     dtype: str = "float32",
+    usage: dict[str, float] | None = None,
     **inputs: str,
 ) -> Path:
     """A score file of one row a shard."""
@@ -62,6 +63,8 @@ def make(
             write_shard(path, [row[0]], [row[1]], [one.scores], statistics[-1], [lost])
         draft.counts.update(total_counts(statistics))
         draft.details.update({"score_kind": "logit", "teacher": "made", "dtype": dtype, "independent": independent})
+        if usage:
+            draft.details.update({"usage": usage, "served_models": []})
         write_failed(draft.path, list(failed))
     return out
 
@@ -168,6 +171,42 @@ def test_strangers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     with pytest.raises(OutputExistsError):
         merge_scores([one, make(tmp_path / "more", {0: ROWS[0]}, shards=1, candidates="r")], tmp_path / "merged")
+
+
+def test_an_ensemble_is_not_merged(tmp_path: Path) -> None:
+    paths = []
+    for name in ("1", "2"):
+        with Plan("scores", {"kind": "ensemble", "name": name}, {}).write(tmp_path / name) as draft:
+            one = scored(ROWS[0])
+            write_shard(draft.path / "shard-00000-of-00001.parquet", ["q1"], [one.doc_ids], [one.scores], {})
+            draft.counts.update({"queries": 1, "pairs": 2})
+            draft.details.update({"score_kind": "ensemble", "teacher": "ensemble"})
+        paths.append(tmp_path / name)
+    with pytest.raises(ArtifactError, match="merge its members, then combine them again"):
+        merge_scores(paths, tmp_path / "merged")
+
+
+def test_what_an_endpoint_was_asked_adds_up(tmp_path: Path) -> None:
+    usage = {"requests": 3, "cost": 0.5}
+    parts = []
+    for i in (0, 1):
+        parts.append(make(tmp_path / f"{i}", {i: ROWS[i]}, shards=2, recipe={"slice": f"{i + 1}/2"}, usage=usage))
+    details = merge_scores(parts, tmp_path / "merged").manifest.details
+    assert details["usage"] == {"requests": 6, "cost": 1.0} and details["served_models"] == []
+
+
+def test_a_pair_that_failed_once_and_was_scored_later_is_no_failure(tmp_path: Path) -> None:
+    one = make(tmp_path / "1", {0: ROWS[0]}, shards=1, candidates="r1", failed=[["q1", "z", "NaN"], ["q1", "y", "NaN"]])
+    two = make(tmp_path / "2", {0: ("q1", ["z"], [0.5])}, shards=1, candidates="r2")
+    merged = merge_scores([one, two], tmp_path / "merged")
+    assert content(merged) == [("q1", ["a", "b", "z"], [3.0, 1.0, 0.5])]
+    assert (merged.path / "failed.jsonl").read_text() == '{"query_id": "q1", "doc_id": "y", "reason": "NaN"}\n'
+    assert merged.manifest.counts["failed_pairs"] == 1
+
+
+def test_shards_beyond_five_digits_stay_in_order(tmp_path: Path) -> None:
+    made = Scores.load(make(tmp_path / "s", {i: (f"q{i}", ["a"], [1.0]) for i in (99_999, 100_000)}, shards=100_001))
+    assert [row.query_id for row in made] == ["q99999", "q100000"]
 
 
 def test_a_moved_input_is_no_obstacle(tmp_path: Path) -> None:

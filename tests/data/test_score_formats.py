@@ -69,8 +69,10 @@ def test_golden_text_is_read_back(name: str, packed: bool, tmp_path: Path) -> No
     assert bits(found) == bits_of(ROWS)
     assert found.problems() == []
     repeated = 1 if name == "hofstaetter-tsv" else 0
-    assert found.manifest.counts == {"queries": 2, "pairs": 5, "shards": 1, "repeated_pairs": repeated}
-    assert found.manifest.details == {"score_kind": "imported", "teacher": "import", "format": name}
+    counts = {"queries": 2, "pairs": 5, "shards": 1, "repeated_pairs": repeated, "empty_queries": 0}
+    assert found.manifest.counts == counts
+    details = {"score_kind": "imported", "teacher": "import", "independent": True, "format": name}
+    assert found.manifest.details == details
     assert [row.tokens_lost for row in found] == [None, None]
 
 
@@ -113,7 +115,7 @@ def test_shards_hold_whole_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [path.name for path in found.shards] == [f"shard-{i:05d}-of-00003.parquet" for i in range(3)]
     lengths = {row.query_id: len(row.doc_ids) for row in found}
     assert lengths == {"q0": 9, "q1": 2, "q2": 2, "q3": 2}
-    assert found.manifest.counts == {"queries": 4, "pairs": 15, "shards": 3, "repeated_pairs": 0}
+    assert found.manifest.counts == {"queries": 4, "pairs": 15, "shards": 3, "repeated_pairs": 0, "empty_queries": 0}
     assert found.problems() == []
 
 

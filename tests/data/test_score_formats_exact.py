@@ -92,7 +92,7 @@ def test_there_and_back(
 ) -> None:
     folder = tmp_path_factory.mktemp("round")
     scores = make_scores(folder / "own", [(query, list(docs), list(docs.values())) for query, docs in rows.items()])
-    there = folder / "x.jsonl"
+    there = folder / ("x.jsonl" if FORMATS[name].suffixes else "x.txt")
     convert_scores(scores.path, from_format="retrieval-kd", to_format=name, out=there)
     back = convert_scores(there, from_format=name, to_format="retrieval-kd", out=folder / "back")
     assert isinstance(back, Scores)

@@ -216,6 +216,10 @@ def test_all_scores_the_same(tmp_path: Path) -> None:
         ([0.1, 0.1, 0.3], "logit", "look at both ends"),
         ([np.float32(np.float16(0.1))] * 2, "logit", "every score is a float16 number"),
         ([-1.0, -1.0, -2.0], "rank", None),
+        ([-1.5, -1.5, -2.0], "rank", None),
+        ([3.0, 3.0, 0.0], "grade", None),
+        ([3.0, 3.0, 0.0], "imported", "every score is a small whole number"),
+        ([512.0, 512.0, 1024.0], "dot", "every score is a bfloat16 number"),
         ([0.1, 0.2, 0.3], "logit", None),
     ],
 )
@@ -236,9 +240,9 @@ def test_in_words(tmp_path: Path, collection: Path) -> None:
     )
     text = lines(describe_scores(scores))
     assert text[0] == f"{scores}: made scores (logit), 6 pairs of 3 queries"
-    assert "  model        some/model" in text
-    assert "  max_length   256" in text
-    assert '  members.one  {"model": "x"}' in text
+    assert "  model       some/model" in text
+    assert "  max_length  256" in text
+    assert text[text.index("Members") + 1] == "  one: x"
     assert not any("revision" in line or "kind" in line.split()[:1] for line in text)
     (prompt,) = (line for line in text if "prompt" in line)
     assert "\n" not in prompt and prompt.endswith("… (479 characters)")

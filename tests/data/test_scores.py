@@ -9,12 +9,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrieval_kd.artifact import Plan
-from retrieval_kd.data.scores import Scores, read_shard, schema, shard_statistics, total_counts, write_shard
+from retrieval_kd.data.scores import (
+    Scores,
+    read_shard,
+    rows_of,
+    schema,
+    shard_statistics,
+    total_counts,
+    verified_statistics,
+    write_shard,
+)
 from retrieval_kd.errors import ArtifactError, RetrievalKDError
 
 Row = tuple[str, list[str], list[float]]
 ROWS: list[Row] = [("q1", ["a", "b", "c"], [3.0, 1.0, 1.0]), ("q2", ["b"], [-2.0]), ("q3", ["c", "a"], [0.5, 7.5])]
-LOST = {"truncated_pairs": 2, "tokens_lost": 9}
+LOST = {"queries": 3, "pairs": 6, "truncated_pairs": 2, "tokens_lost": 9}
 
 
 def shard(path: Path, rows: Sequence[Row]) -> Path:
@@ -161,3 +170,19 @@ def test_wrong_counts_are_found(tmp_path: Path) -> None:
     assert make_scores(tmp_path / "scores", queries=4).problems() == [
         "the manifest counts 4 queries, the shards hold 3"
     ]
+
+
+def test_random_damage_is_an_error_or_harmless(tmp_path: Path) -> None:
+    """Any flipped bit: the file is refused, or what is read is what was written."""
+    path = shard(tmp_path / "shard", ROWS)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(400):
+        damaged = bytearray(whole)
+        damaged[int(rng.integers(len(whole)))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            assert verified_statistics(path) == LOST
+            found = [(row.query_id, row.doc_ids, row.scores.tolist()) for row in rows_of(read_shard(path))]
+            assert found == ROWS
+        except ArtifactError as error:
+            assert "score shard" in str(error)

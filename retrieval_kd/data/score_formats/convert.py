@@ -7,11 +7,12 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retrieval_kd.artifact import Draft, InputRef, Plan, file_sha256
+from retrieval_kd.artifact import Draft, InputRef, Plan, file_sha256, writing_to
 from retrieval_kd.data.score_formats import (
     flagembedding,
     hofstaetter,
@@ -21,9 +22,11 @@ from retrieval_kd.data.score_formats import (
     tevatron,
     trec,
 )
-from retrieval_kd.data.score_formats.export import Export, refuse_existing
+from retrieval_kd.data.score_formats.export import Export, Written, refuse_existing
 from retrieval_kd.data.score_formats.grouping import Spill
 from retrieval_kd.data.score_formats.pairs import Pairs, Source, refuse_bad_pairs
+from retrieval_kd.data.score_formats.records import JSON, PARQUET, refuse_suffix
+from retrieval_kd.data.score_kinds import SCORE_KINDS
 from retrieval_kd.data.scores import ScoredQuery, Scores, write_shard
 from retrieval_kd.data.sources import open_collection
 from retrieval_kd.errors import DataError, InputError, UsageError, did_you_mean, first
@@ -51,6 +54,8 @@ class Format:
     """It tells positives from negatives."""
     texts: bool = False
     """It holds texts."""
+    suffixes: tuple[str, ...] = ()
+    """How the name of a written file must end; empty for plain lines, whose names are free."""
 
 
 FORMATS = {
@@ -60,21 +65,30 @@ FORMATS = {
         flagembedding.write,
         sides=True,
         texts=True,
+        suffixes=JSON,
     ),
     "hofstaetter-tsv": Format(
         "pos_score, neg_score, query id, pos id, neg id with tabs", hofstaetter.read, hofstaetter.write, sides=True
     ),
-    "pylate": Format("query_id, document_ids, scores in Parquet or JSONL", pylate.read, pylate.write),
+    "pylate": Format(
+        "query_id, document_ids, scores in Parquet or JSONL", pylate.read, pylate.write, suffixes=(PARQUET, *JSON)
+    ),
     "sentence-transformers": Format(
         "query, positive, negative_1 … and label in Parquet or JSONL",
         sentence_transformers.read,
         sentence_transformers.write,
         sides=True,
         texts=True,
+        suffixes=(PARQUET, *JSON),
     ),
     "st-pickle": Format("a pickled {query id: {document id: score}}; only read", st_pickle.read, None),
     "tevatron": Format(
-        "query and passages with scores in JSONL", tevatron.read, tevatron.write, sides=True, texts=True
+        "query and passages with scores in JSONL",
+        tevatron.read,
+        tevatron.write,
+        sides=True,
+        texts=True,
+        suffixes=JSON,
     ),
     "trec": Format("the 6-column run file", trec.read, trec.write),
 }
@@ -92,32 +106,52 @@ def convert_scores(
     negatives: int | None = None,
     score_kind: str | None = None,
     force: bool = False,
-) -> Scores | Path:
-    """The scores of ``source`` in another layout: `Scores` for ``to_format`` ``retrieval-kd``, else the file's path.
+) -> Scores | Written:
+    """The scores of ``source`` in another layout: `Scores` for ``to_format`` ``retrieval-kd``, else what was `Written`.
 
     ``collection`` finds the ids of texts and checks those of a file that is read, and gives the texts that are written
     (by default the collection that the score file was made with). ``labels`` is the split whose qrels say which
     documents are positive; without it a query's best one is. ``negatives`` is the number a row of
-    sentence-transformers has. ``score_kind`` says what an imported score is. Raises `DataError` with file and line
-    for wrong content, `UsageError` for arguments that do not fit the formats.
+    sentence-transformers has, by default the smallest number that a query has: queries with more get several rows, of
+    which the last repeats some. ``score_kind``, one of `SCORE_KINDS`, says what an imported score is. Raises
+    `DataError` with file and line for wrong content, `UsageError` for arguments that do not fit the formats.
     """
     source, out = Path(source), Path(out)
     _refuse_arguments(from_format, to_format, labels, negatives, score_kind)
+    if to_format != OWN:
+        refuse_suffix(out, to_format, FORMATS[to_format].suffixes)
     if not source.exists():
         raise InputError(f"{source}: no such file or directory")
     opened = None if collection is None else open_collection(collection)
     if to_format == OWN:
         return _import(source, from_format, out, opened, score_kind or IMPORTED, force)
     refuse_existing(out, force)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".converting-", dir=out.parent) as folder:
-        if from_format == OWN:
-            scores = Scores.load(source)
-        else:
-            scores = _import(source, from_format, Path(folder) / "scores", opened, IMPORTED, force)
-        texts = _texts(scores, opened, needed=FORMATS[to_format].texts or labels is not None)
-        relevant = None if labels is None or texts is None else texts.qrels(labels)
-        return _export(scores, to_format, Export(scores, out, texts, relevant, negatives, force))
+    needed = FORMATS[to_format].texts or labels is not None
+    if needed and from_format != OWN and opened is None:
+        raise UsageError(f"{source}: {from_format} does not say of which collection it is; name it with --collection")
+    with _writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".converting-", dir=out.parent) as folder:
+            if from_format == OWN:
+                scores = Scores.load(source)
+            else:
+                scores = _import(source, from_format, Path(folder) / "scores", opened, IMPORTED, force)
+            texts = _texts(scores, opened, needed=needed)
+            relevant = None if labels is None or texts is None else texts.qrels(labels)
+            export = Export(source, scores, out, texts, relevant, negatives, force)
+            if from_format != OWN:
+                export.counts["empty_queries"] = scores.manifest.counts["empty_queries"]
+            return _export(to_format, export)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Turns what the system says of temporary files into an error that names ``out``."""
+    try:
+        with writing_to(out):
+            yield
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
 
 
 def _texts(scores: Scores, collection: Collection | None, *, needed: bool) -> Collection | None:
@@ -147,6 +181,8 @@ def _refuse_arguments(
         raise UsageError(f"--negatives {negatives}: only for --to sentence-transformers, and at least 1")
     if score_kind is not None and target is not None:
         raise UsageError(f"--score-kind: {to_format} does not say what a score is")
+    if score_kind is not None and score_kind not in SCORE_KINDS:
+        raise UsageError(f"--score-kind {score_kind}: unknown kind of score{did_you_mean(score_kind, SCORE_KINDS)}")
 
 
 def _import(path: Path, name: str, out: Path, collection: Collection | None, score_kind: str, force: bool) -> Scores:
@@ -168,7 +204,11 @@ def _import(path: Path, name: str, out: Path, collection: Collection | None, sco
                 spill.add(pairs)
             log.info("%s: read %s pairs; grouping them by query", path, f"{spill.rows:,}")
             _write_shards(spill, source, draft)
-        draft.details.update({"score_kind": score_kind, "teacher": "import", "format": name})
+        independent = score_kind != "rank"
+        draft.details.update(score_kind=score_kind, teacher="import", independent=independent, format=name)
+    if source.empty:
+        message = "%s: %s queries have an empty list of documents and are left out: %s"
+        log.warning(message, path, f"{len(source.empty):,}", first(source.empty))
     return Scores.load(out)
 
 
@@ -179,6 +219,8 @@ def _write_shards(spill: Spill, source: Source, draft: Draft) -> None:
         for rows in _shards(spill.queries(source, counts)):
             files.append(draft.path / f"shard-{len(files):05d}")
             query_ids, doc_ids, scores, _ = zip(*rows, strict=True)
+            for query_id in query_ids:
+                source.empty.pop(query_id, None)
             write_shard(files[-1], query_ids, doc_ids, scores, {})
             pairs = sum(map(len, doc_ids))
             counts.update(queries=len(rows), pairs=pairs, shards=1)
@@ -187,7 +229,7 @@ def _write_shards(spill: Spill, source: Source, draft: Draft) -> None:
         raise DataError(f"{source.path}: no scored pairs in it")
     for file in files:
         file.rename(file.with_name(f"{file.name}-of-{len(files):05d}.parquet"))
-    draft.counts.update(counts)
+    draft.counts.update(counts | {"empty_queries": len(source.empty)})
 
 
 def _shards(rows: Iterator[ScoredQuery]) -> Iterator[list[ScoredQuery]]:
@@ -204,13 +246,14 @@ def _shards(rows: Iterator[ScoredQuery]) -> Iterator[list[ScoredQuery]]:
         yield shard
 
 
-def _export(scores: Scores, name: str, export: Export) -> Path:
+def _export(name: str, export: Export) -> Written:
     write = FORMATS[name].write
     assert write is not None
+    queries = len(export.scores)
     try:
         write(export)
-        if len(export.left_out) == len(scores):
-            raise DataError(f"{scores.path}: none of its {len(scores)} queries has what {name} needs ({_NEEDS})")
+        if len(export.left_out) == queries:
+            raise DataError(f"{export.source}: none of its {queries} queries has what {name} needs ({_NEEDS})")
         for temporary, final in reversed(export.temporary.items()):
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -218,7 +261,8 @@ def _export(scores: Scores, name: str, export: Export) -> Path:
     finally:
         for temporary in export.temporary:
             temporary.unlink(missing_ok=True)
+    counts = {"queries": queries - len(export.left_out), "queries_left_out": len(export.left_out), **export.counts}
     if export.left_out:
         message = "%s of %s queries are not in %s, which needs of each %s: %s"
-        log.warning(message, len(export.left_out), len(scores), export.out, _NEEDS, first(export.left_out))
-    return export.out
+        log.warning(message, len(export.left_out), queries, export.out, _NEEDS, first(export.left_out))
+    return Written(export.out, counts)

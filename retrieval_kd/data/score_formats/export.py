@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,10 +27,19 @@ class Divided(NamedTuple):
     negatives: np.ndarray
 
 
+class Written(NamedTuple):
+    """A file in another layout, and what was written into it and left out."""
+
+    path: Path
+    counts: dict[str, int]
+
+
 @dataclass
 class Export:
     """A score file that is being written in another layout."""
 
+    source: Path
+    """The file that is converted, for messages; ``scores`` may be a temporary import of it."""
     scores: Scores
     out: Path
     collection: Collection | None = None
@@ -39,6 +49,8 @@ class Export:
     force: bool = False
     left_out: dict[str, None] = field(default_factory=dict)
     """The queries that the layout cannot hold."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """What a writer has to say of the file besides its queries."""
     temporary: dict[Path, Path] = field(default_factory=dict)
     """Temporary file → the file it becomes."""
 

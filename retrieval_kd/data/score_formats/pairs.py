@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -59,6 +59,8 @@ class Source:
     collection: Collection | None = None
     entries: bool = False
     """The file has neither lines nor rows (a pickle)."""
+    empty: dict[str, None] = field(default_factory=dict)
+    """The queries with an empty list of documents, as they were read; they may have documents elsewhere."""
 
     def place(self, number: int) -> str:
         """Where a pair was read, for messages: lines from 1, rows of a Parquet file and entries from 0."""
@@ -80,7 +82,10 @@ class Source:
 
 
 def batches(source: Source, rows: Iterable[Row]) -> Iterator[Pairs]:
-    """The pairs of records. Raises `DataError` for lists of unequal length and scores that are no numbers."""
+    """The pairs of records; queries without documents are noted in ``source.empty``.
+
+    Raises `DataError` for lists of unequal length and scores that are no numbers.
+    """
     pending: list[Row] = []
     size = 0
     for row in rows:
@@ -89,6 +94,9 @@ def batches(source: Source, rows: Iterable[Row]) -> Iterator[Pairs]:
         for score in row.scores:
             if not isinstance(score, Number | float | int) or isinstance(score, bool):
                 raise DataError(f"{source.place(row.place)}: score {score!r} is not a number")
+        if not row.doc_ids:
+            source.empty[row.query_id] = None
+            continue
         pending.append(row)
         size += len(row.scores)
         if size >= _PAIRS_AT_ONCE:

@@ -13,7 +13,8 @@ from retrieval_kd.errors import DataError, InputError, UsageError
 if TYPE_CHECKING:
     from retrieval_kd.data.score_formats.pairs import Source
 
-_PARQUET, _JSON = ".parquet", (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+PARQUET = ".parquet"
+JSON = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _ROWS_AT_ONCE = 1024
 
 STRING, STRINGS, SCORES = "string", "strings", "scores"
@@ -28,6 +29,16 @@ def read_records(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
     if _is_parquet(source.path):
         return _parquet_rows(source)
     return json_objects(source)
+
+
+def refuse_suffix(path: Path, layout: str, suffixes: tuple[str, ...]) -> None:
+    """Raises `UsageError` for a name that ends in none of ``suffixes``, or, without any, as a file of records does."""
+    name = path.name.lower()
+    if suffixes and not name.endswith(suffixes):
+        kinds = " or ".join(suffix for suffix in (PARQUET, JSON[0]) if suffix in suffixes)
+        raise UsageError(f"{path}: {layout} is written as {kinds}; end the name so")
+    if not suffixes and name.removesuffix(".gz").endswith((PARQUET, *JSON)):
+        raise UsageError(f"{path}: {layout} is written as plain lines, not as this name says; end it in .tsv or .txt")
 
 
 @contextmanager
@@ -85,8 +96,8 @@ def _parquet_rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _is_parquet(path: Path) -> bool:
-    if path.name.lower().endswith(_PARQUET):
+    if path.name.lower().endswith(PARQUET):
         return True
-    if path.name.lower().endswith(_JSON):
+    if path.name.lower().endswith(JSON):
         return False
-    raise UsageError(f"{path}: end its name in {_PARQUET} or {_JSON[0]}, which says what kind of file it is")
+    raise UsageError(f"{path}: end its name in {PARQUET} or {JSON[0]}, which says what kind of file it is")

@@ -6,6 +6,8 @@ margins in its label is refused: a score file holds scores.
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,8 @@ from retrieval_kd.errors import DataError
 
 if TYPE_CHECKING:
     from retrieval_kd.data.score_formats.pairs import Source
+
+log = logging.getLogger("retrieval_kd")
 
 _LABELS = ("label", "labels", "score", "scores")
 _ID_COLUMN = re.compile(r".*_id(_\d+)?")
@@ -30,18 +34,36 @@ def read(source: Source) -> Iterator[Pairs]:
 def write(export: Export) -> None:
     """A row for each positive and each ``negatives`` negatives of a query, so that none of its documents is lost.
 
-    Without ``negatives`` it is the number that every query has; queries with fewer are left out. The last row of a
-    positive repeats negatives of the one before to be full.
+    ``negatives`` is by default the smallest number of negatives that a query has; queries with fewer are left out.
+    The last row of a positive repeats negatives of the one before to be full. So a query weighs as much in training
+    as it has rows. Counted are ``rows``, ``negatives_a_row``, ``repeated_documents`` (negatives that a last row
+    repeats) and ``most_rows_a_query``.
     """
     width = export.negatives or min((len(found.negatives) for found in export.divided()), default=1)
     names = ["query", "positive", *(f"negative_{i}" for i in range(1, width + 1))]
+    counts = export.counts
     with record_writer(export.file(), {**dict.fromkeys(names, STRING), "label": SCORES}) as add:
         for found in export.divided():
             if len(found.negatives) < width:
                 export.left_out[found.row.query_id] = None
-            else:
-                for record in _records(export, found, width, names):
-                    add(record)
+                continue
+            for record in _records(export, found, width, names):
+                add(record)
+            rows = len(found.positives) * math.ceil(len(found.negatives) / width)
+            counts["rows"] += rows
+            counts["repeated_documents"] += rows * width - len(found.positives) * len(found.negatives)
+            counts["most_rows_a_query"] = max(counts["most_rows_a_query"], rows)
+    counts["negatives_a_row"] = width
+    log.info(
+        "%s: %s rows of %s queries; %s negatives a row, %s of them repeated to fill a row; a query has up to %s rows "
+        "and weighs as much in training as it has rows",
+        export.out,
+        f"{counts['rows']:,}",
+        f"{len(export.scores) - len(export.left_out):,}",
+        f"{width:,}",
+        f"{counts['repeated_documents']:,}",
+        f"{counts['most_rows_a_query']:,}",
+    )
 
 
 def _records(export: Export, found: Divided, width: int, names: list[str]) -> Iterator[dict[str, Any]]:
@@ -64,7 +86,7 @@ def _rows(source: Source) -> Iterator[Row]:
         names = [name for name in record if name != labels[0]]
         if len(names) < 2:
             raise DataError(f"{place}: columns {', '.join(record)}; a query and at least one document are needed")
-        scores = _scores(record[labels[0]], len(names) - 1, place)
+        scores = _scores(record[labels[0]], names, place)
         values = [record[name] for name in names]
         are_ids = {bool(_ID_COLUMN.fullmatch(name)) for name in names}
         if len(are_ids) > 1:
@@ -78,14 +100,20 @@ def _rows(source: Source) -> Iterator[Row]:
         yield Row(number, query_id, doc_ids, scores)
 
 
-def _scores(label: Any, documents: int, place: str) -> list[Any]:
-    """The label as one score a document. Raises `DataError` for margins."""
+def _scores(label: Any, names: list[str], place: str) -> list[Any]:
+    """The label as one score a document; ``names`` are the query's column and the documents'.
+
+    Raises `DataError` for margins.
+    """
+    query, *documents = names
     scores = label if isinstance(label, list) else [label]
-    if len(scores) == documents:
+    if len(scores) == len(documents):
         return scores
-    if len(scores) == documents - 1:
+    taken = f"{len(scores)} label(s) for {len(documents)} documents"
+    columns = f"columns count by position: the query is {query!r}, its documents {', '.join(map(repr, documents))}"
+    if len(scores) == len(documents) - 1:
         raise DataError(
-            f"{place}: {len(scores)} label(s) for {documents} documents are margins (positive − negative); "
-            "a score file holds the scores themselves, which margins do not tell: convert the file they were made from"
+            f"{place}: {taken} are margins (positive − negative); a score file holds the scores themselves, which "
+            f"margins do not tell: convert the file they were made from ({columns}; remove what is none of these)"
         )
-    raise DataError(f"{place}: {len(scores)} labels for {documents} documents")
+    raise DataError(f"{place}: {taken}; {columns}")
