@@ -57,8 +57,11 @@ def start(folder: Path, out: str) -> subprocess.Popen[bytes]:
 
 def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The command's worker processes."""
-    children = psutil.Process(process.pid).children()
-    return [child for child in children if "retrieval_kd.teachers.worker" in child.cmdline()]
+    try:
+        children = psutil.Process(process.pid).children()
+        return [child for child in children if "retrieval_kd.teachers.worker" in child.cmdline()]
+    except psutil.NoSuchProcess:  # one of them ended meanwhile
+        return []
 
 
 def shard_times(folder: Path) -> dict[str, int]:

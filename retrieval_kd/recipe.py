@@ -160,7 +160,8 @@ def _explain(schema: type[BaseModel], detail: Any, place: str) -> str:
     if detail["type"] == "missing":
         return f"{place}: '{key}' is missing"
     got = "" if isinstance(detail.get("input"), dict) else f" (got {detail.get('input')!r})"
-    return f"{place}: {key}: {detail['msg'].removeprefix('Value error, ')}{got}"
+    where = f"{place}: {key}" if key else place
+    return f"{where}: {detail['msg'].removeprefix('Value error, ')}{got}"
 
 
 def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -54,7 +54,8 @@ class Candidates:
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """Everything a teacher may need before the first shard: collection, all queries of this run, vectors, a folder."""
+    """Everything a teacher may need before the first shard: collection, all queries (those of other slices too, so that
+    what is prepared does not depend on the slice), ready vectors, a work folder."""
 
     collection: Collection
     candidates: Sequence[Candidates]

@@ -70,7 +70,7 @@ class BiEncoderTeacher(Teacher):
 
     def score(self, shard: Sequence[Candidates], texts: Sequence[Sequence[str]]) -> Scored:
         """Similarities of each query's vector with its candidates' vectors."""
-        scores = [self._similarities(query) for query in shard]
+        scores = [self._job.without_bad(query.query_id, query.rows, self._similarities(query)) for query in shard]
         return Scored(scores, [self._job.tokens_lost(query.query_id, query.rows) for query in shard])
 
     def _similarities(self, candidates: Candidates) -> np.ndarray:

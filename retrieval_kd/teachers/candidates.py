@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -17,6 +19,8 @@ from retrieval_kd.teachers.base import Candidates
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
+
+log = logging.getLogger("retrieval_kd")
 
 JUDGED = "qrels:"
 """Prefix of the pseudo-run that holds a split's judged relevant documents: ``qrels:train``."""
@@ -59,22 +63,8 @@ class CandidateTable(Sequence[Candidates]):
         return Candidates(query_id, self._texts[query_id], rows)
 
 
-class CandidateSlice(Sequence[Candidates]):
-    """Some consecutive queries of a table."""
-
-    def __init__(self, table: Sequence[Candidates], span: range) -> None:
-        self._table, self._span = table, span
-
-    def __len__(self) -> int:
-        return len(self._span)
-
-    @overload
-    def __getitem__(self, index: int) -> Candidates: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Candidates]: ...
-    def __getitem__(self, index: int | slice) -> Candidates | list[Candidates]:
-        chosen = self._span[index]
-        return self._table[chosen] if isinstance(chosen, int) else [self._table[i] for i in chosen]
+Source = tuple[str, Iterable[tuple[str, list[str]]]]
+"""The name of a source, and its queries with their documents."""
 
 
 class Sources:
@@ -84,6 +74,7 @@ class Sources:
         if not given:
             raise UsageError("give at least one --candidates RUN (or qrels:SPLIT)")
         self.given = [str(source) for source in given]
+        """The sources as they were named."""
         self.judged = [source for source in self.given if source.startswith(JUDGED)]
         """The sources that come from the collection itself."""
         for source in self.judged:
@@ -92,17 +83,15 @@ class Sources:
         names = ["candidates" if not i else f"candidates_{i + 1}" for i in range(len(runs))]
         self.refs: dict[str, InputRef] = {name: _ref(source) for name, source in zip(names, runs, strict=True)}
 
-    def open(self, collection: Collection, depth: int | None) -> list[Iterator[tuple[str, list[str]]]]:
-        """The queries and documents of each source; ``depth`` cuts runs, never judged documents."""
+    def open(self, collection: Collection, depth: int | None) -> list[Source]:
+        """Name, queries and documents of each source; ``depth`` cuts runs, never judged documents."""
         return [
-            _judged(collection, source.removeprefix(JUDGED)) if source in self.judged else _cut(source, depth)
+            (source, _judged(collection, source.removeprefix(JUDGED)) if source in self.judged else _cut(source, depth))
             for source in self.given
         ]
 
 
-def gather_candidates(
-    collection: Collection, sources: Sequence[Iterable[tuple[str, list[str]]]], path: Path
-) -> CandidateTable:
+def gather_candidates(collection: Collection, sources: Sequence[Source], path: Path) -> CandidateTable:
     """Each query of the sources with the union of its documents, in the order in which the sources have them.
 
     Written to ``path``; memory grows with the number of queries, not of pairs. Raises `InputError` for unknown ids
@@ -111,11 +100,13 @@ def gather_candidates(
     parts = [path.with_name(f"{path.stem}-{i}.arrow") for i in range(len(sources))]
     order: dict[str, dict[int, int]] = {}  # query → source → its place there; needed for a union only
     known = collection.queries("all")
-    unknown = _Unknown()
-    for i, (source, part) in enumerate(zip(sources, parts, strict=True)):
+    for i, ((name, source), part) in enumerate(zip(sources, parts, strict=True)):
+        unknown = _Unknown(name)
+        without: list[str] = []
         with _Writer(part) as writer, progress(f"reading candidates {i + 1} of {len(sources)}", None) as advance:
             for query_id, doc_ids in source:
                 if not doc_ids:
+                    without.append(query_id)
                     continue
                 if query_id not in known:
                     unknown.queries.append(query_id)
@@ -124,10 +115,13 @@ def gather_candidates(
                     order.setdefault(query_id, {})[i] = writer.queries
                 writer.add(query_id, _rows(collection, doc_ids, unknown))
                 advance(len(doc_ids))
-    unknown.refuse()
+        unknown.refuse()
+        if without:
+            log.warning("%s: %d queries have no candidates: %s", name, len(without), first(without))
     tables = [CandidateTable(part, collection) for part in parts]
     if not any(len(table) for table in tables):
-        raise InputError("the candidate runs hold no candidates; search an index over a split first")
+        names = ", ".join(name for name, _ in sources)
+        raise InputError(f"{names}: no candidates in the runs; search an index over a split first")
     if len(parts) == 1:
         parts[0].replace(path)
         return tables[0]
@@ -155,20 +149,21 @@ def plan_shards(lengths: Sequence[int] | np.ndarray, pairs_per_shard: int) -> li
 class _Unknown:
     """Ids that the collection does not have, gathered so that an error can say how many there are."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: str) -> None:
+        self.source = source
         self.queries: list[str] = []
         self.documents: dict[str, None] = {}
 
     def refuse(self) -> None:
         if self.queries:
             raise InputError(
-                f"{len(self.queries)} queries of the candidates are not in the collection: {first(self.queries)}; "
-                "were the candidates made from another collection?"
+                f"{self.source}: {len(self.queries)} queries are not in the collection: {first(self.queries)}; "
+                "was it made from another collection?"
             )
         if self.documents:
             raise DataError(
-                f"{len(self.documents)} documents of the candidates are not in the collection: "
-                f"{first(self.documents)}; were the candidates made from another collection?"
+                f"{self.source}: {len(self.documents)} documents are not in the collection: "
+                f"{first(self.documents)}; was it made from another collection?"
             )
 
 
@@ -179,6 +174,7 @@ class _Writer:
         import pyarrow as pa
 
         self.queries = 0
+        self._path = path
         self._schema = pa.schema([("query_id", pa.string()), ("rows", pa.list_(pa.int32()))])
         self._file = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._file, self._schema)
@@ -192,6 +188,8 @@ class _Writer:
         self._flush()
         self._writer.close()
         self._file.close()
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
 
     def add(self, query_id: str, rows: np.ndarray) -> None:
         self.queries += 1

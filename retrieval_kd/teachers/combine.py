@@ -46,10 +46,8 @@ class EnsembleRecipe(Recipe):
 
     @property
     def independent(self) -> bool:
-        """Whether a combined score depends on its pair alone, not on the query's other documents."""
-        if self.aggregate == "reciprocal-rank" or self.fill == "lowest":
-            return False
-        return self.normalise == "none" or self.over == "global"
+        """Whether a combined score depends on its pair alone, not on other pairs of the file."""
+        return self.aggregate != "reciprocal-rank" and self.fill != "lowest" and self.normalise == "none"
 
     @model_validator(mode="after")
     def _consistent(self) -> EnsembleRecipe:

@@ -146,6 +146,11 @@ class CrossEncoderTeacher(Teacher):
             )
         if model[0].transformer_task != "sequence-classification" or "message" in model[0].modality_config:
             raise InputError(f"{name} is a language model that is asked for an answer; use kind: llm-pointwise")
+        if missing := _missing_weights(type(model[0].model), self.source.path):
+            raise InputError(
+                f"{name} is no trained cross-encoder: its files lack {len(missing)} weights (first: {missing[0]}), "
+                "which would be random; fine-tune it (retrieval-kd train students/cross-encoder-pydocs.yaml …)"
+            )
         if model.tokenizer.pad_token_id is None:
             raise InputError(
                 f"{name} has no padding token, so that its pairs cannot share a batch; save a copy whose tokenizer "
@@ -311,3 +316,16 @@ def _scores_only(model: Any) -> nn.Module:
             return scores
 
     return ScoresOnly()
+
+
+def _missing_weights(network: Any, path: Path) -> list[str]:
+    """The weights of a ``network`` class that a directory does not hold; nothing is loaded to find out."""
+    from transformers.utils import logging
+
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        _, report = network.from_pretrained(path, num_labels=1, output_loading_info=True, device_map={"": "meta"})
+    finally:
+        logging.set_verbosity(shown)
+    return sorted(report["missing_keys"])

@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -15,13 +17,13 @@ import numpy as np
 
 from retrieval_kd.artifact import Draft, Plan, write_atomically
 from retrieval_kd.data.score_writer import write_failed
-from retrieval_kd.data.scores import FAILED, Scores, read_shard, shard_name, shard_statistics, total_counts
-from retrieval_kd.errors import ArtifactError, RecipeError, UsageError
+from retrieval_kd.data.scores import BLAMED, FAILED, Scores, shard_name, total_counts, verified_statistics
+from retrieval_kd.errors import ArtifactError, RecipeError, RetrievalKDError, UsageError
 from retrieval_kd.progress import progress
 from retrieval_kd.recipe import load_recipe
 from retrieval_kd.registry import implementation
 from retrieval_kd.teachers.base import ScoringJob, Teacher, TeacherRecipe
-from retrieval_kd.teachers.candidates import CandidateSlice, CandidateTable, Sources, gather_candidates, plan_shards
+from retrieval_kd.teachers.candidates import CandidateTable, Sources, gather_candidates, plan_shards
 from retrieval_kd.teachers.isolate import Failures, Outcome, Task, finish_shard
 from retrieval_kd.teachers.reuse import KnownScores, refuse_other_teachers
 from retrieval_kd.teachers.shards import ShardScorer, shard_pairs
@@ -58,12 +60,14 @@ def score(
     shards, which `merge_scores` joins with the others. ``workers`` are processes on this machine; None scores in this
     one. ``reuse`` are score files of the same teacher, whose pairs are not scored again.
 
-    A document that cannot be scored (NaN, an exception, a process that dies over it) is left out and named in
+    A document or query that cannot be scored (NaN, an exception, a process that dies over it) is left out and named in
     ``failed.jsonl``; more than ``max_failed`` of them stop the run. Raises `InputError` for unknown ids,
     `RetrievalKDError` when the run stops; finished shards are kept.
     """
     from retrieval_kd.data.sources import open_collection
 
+    if (workers is not None and workers < 1) or max_failed < 0:
+        raise UsageError(f"workers is at least 1 and max_failed at least 0 (got {workers} and {max_failed})")
     out = Path(out)
     opened = open_collection(collection)
     loaded = _teacher_recipe(recipe, overrides)
@@ -78,40 +82,30 @@ def score(
     plan = Plan("scores", resolved | ({} if shard is None else {"slice": shard}), inputs)
     if plan.finished(out, force=force):
         return Scores.load(out)
-    with plan.write(out, force=force, resumable=True) as draft:
+    with plan.write(out, force=force, resumable=True) as draft, _nothing_left_without_work(draft):
         table = _gathered(opened, sources, loaded, draft)
         shards = plan_shards(table.lengths, loaded.pairs_per_shard)
         wanted = range(len(shards)) if mine is None else _part(mine, len(shards))
         done = {i: found for i in wanted if (found := _finished_shard(draft.path, i, shards, table)) is not None}
         if done:
             log.info("going on after %d of %d shards", len(done), len(wanted))
-        span = range(shards[wanted[0]].start, shards[wanted[-1]].stop)
-        job = ScoringJob(opened, CandidateSlice(table, span), ready, draft.work)
+        job = ScoringJob(opened, table, ready, draft.work)
         scorer = ShardScorer(teacher, opened, table, shards, draft.path)
         failures = Failures(max_failed)
-        for statistics in done.values():
-            for query_id, doc_id, reason in statistics[FAILED]:
-                failures.add(doc_id, query_id, reason)
+        for number, statistics in done.items():
+            failures.blame(number, statistics[BLAMED])
         todo = [i for i in wanted if i not in done]
         pairs = [int(table.lengths[of_shard.start : of_shard.stop].sum()) for of_shard in shards]
 
         def finish(i: int, run: Callable[[Task], Outcome]) -> dict[str, Any]:
-            queries = scorer.queries(i)
-            documents = opened.documents
-            return finish_shard(
-                i,
-                shard_pairs(queries),
-                lambda pair: (queries[pair[0]].query_id, documents.id(int(queries[pair[0]].rows[pair[1]]))),
-                run,
-                failures,
-            )
+            return finish_shard(shard_pairs(i, scorer.queries(i), opened, teacher.independent), run, failures)
 
         total = sum(pairs[i] for i in wanted)
         with progress(f"scoring {total:,} pairs", total, done=sum(pairs[i] for i in done)) as advance:
             if workers is None:
                 results = _in_this_process(scorer, job, reuse, todo, finish)
             else:
-                job_file = _write_job(job, span, loaded, shards, draft.path, vectors, reuse)
+                job_file = _write_job(job, loaded, shards, draft.path, vectors, reuse)
                 results = over_workers(job_file, workers, todo, finish)
             for i, result in results:
                 if i is None:
@@ -166,15 +160,29 @@ def _teacher_recipe(recipe: str, overrides: Sequence[str]) -> TeacherRecipe:
     return loaded
 
 
+@contextmanager
+def _nothing_left_without_work(draft: Draft) -> Iterator[None]:
+    """After an error before anything was scored, encoded or paid for, another recipe may take the place."""
+    try:
+        yield
+    except RetrievalKDError:
+        done = [*draft.path.glob("*.parquet"), *draft.work.glob("*/blocks.json"), *draft.work.glob("usage.sqlite")]
+        if not done:
+            shutil.rmtree(draft.work)
+        raise
+
+
 def _gathered(collection: Collection, sources: Sources, recipe: TeacherRecipe, draft: Draft) -> CandidateTable:
     """The candidates; a former attempt's file is used as it is, because the draft belongs to the same inputs."""
     path = draft.work / "candidates.arrow"
-    if not path.is_file():
+    try:
+        return CandidateTable(path, collection)
+    except (OSError, ValueError):  # not there, or cut off by a power cut
         with TemporaryDirectory(dir=draft.work) as folder:
             gathered = Path(folder) / path.name
             gather_candidates(collection, sources.open(collection, recipe.depth), gathered)
             gathered.replace(path)
-    return CandidateTable(path, collection)
+        return CandidateTable(path, collection)
 
 
 def _in_this_process(
@@ -193,7 +201,6 @@ def _in_this_process(
 
 def _write_job(
     job: ScoringJob,
-    span: range,
     recipe: TeacherRecipe,
     shards: Sequence[range],
     out: Path,
@@ -209,7 +216,6 @@ def _write_job(
         "candidates": str((job.work / "candidates.arrow").resolve()),
         "vectors": [str(Path(name).resolve()) for name in vectors],
         "reuse": [str(Path(name).resolve()) for name in reuse],
-        "span": [span.start, span.stop],
         "shards": [[of_shard.start, of_shard.stop] for of_shard in shards],
         "out": str(out.resolve()),
     }
@@ -220,12 +226,19 @@ def _write_job(
 def _describe(draft: Draft, recipe: TeacherRecipe, statistics: Sequence[dict[str, Any]]) -> None:
     """Counts and details of the finished run, and the list of what failed."""
     draft.counts.update(total_counts(statistics))
+    if not draft.counts["pairs"]:
+        reason = next(row[2] for of_shard in statistics for row in of_shard[FAILED])
+        raise RetrievalKDError(f"none of the {draft.counts['failed_pairs']} pairs could be scored: {reason}")
     execution = recipe.model_dump(mode="json", include=set(recipe.execution))
     draft.details.update({"teacher": recipe.kind, **({"execution": execution} if execution else {})})
     write_failed(draft.path, [row for of_shard in statistics for row in of_shard[FAILED]])
 
 
 def _warn(counts: dict[str, int]) -> None:
+    """Says what was cut, left out, or read with difficulty."""
+    for name in ("malformed_answers", "windows_in_present_order", "bounded_log_odds"):
+        if counts.get(name):
+            log.warning("%s: %s", name.replace("_", " "), f"{counts[name]:,}")
     if counts["truncated_pairs"]:
         log.warning(
             "%s pairs were cut at the teacher's length, %s tokens lost",
@@ -274,10 +287,9 @@ def _finished_shard(
     if not path.is_file():
         return None
     try:
-        table = read_shard(path)
+        statistics = verified_statistics(path)
     except ArtifactError as error:
-        log.warning("%s; scoring it again", error)
+        log.warning("%s: %s; scoring it again", path.name, str(error).removeprefix(f"{path}: "))
         return None
-    statistics = shard_statistics(table)
     pairs = int(candidates.lengths[shards[shard].start : shards[shard].stop].sum())
     return statistics if statistics["pairs"] + statistics["failed_pairs"] == pairs else None

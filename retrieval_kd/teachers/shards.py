@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrieval_kd.data.scores import shard_name, write_shard
+from retrieval_kd.data.scores import BLAMED, FAILED, shard_name, write_shard
 from retrieval_kd.errors import RetrievalKDError
 from retrieval_kd.teachers.base import Candidates, Scored, Teacher
-from retrieval_kd.teachers.isolate import Outcome, Pair, Task
+from retrieval_kd.teachers.isolate import Outcome, Pair, ShardPairs, Task
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
     from retrieval_kd.teachers.reuse import KnownScores
 
 
-def shard_pairs(queries: Sequence[Candidates]) -> list[Pair]:
-    """All pairs of a shard, query by query."""
-    return [(i, j) for i, query in enumerate(queries) for j in range(len(query.rows))]
+class BrokenProcessError(RetrievalKDError):
+    """The process can score nothing any more, such as after an assertion on a GPU. A worker ends on it."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(
+            f"the GPU is of no use to this process any more ({str(error).splitlines()[0]}); finished shards are kept: "
+            "run the same command with --workers 1, which starts again and finds the document that causes it"
+        )
+
+
+def shard_pairs(number: int, queries: Sequence[Candidates], collection: Collection, divides: bool) -> ShardPairs:
+    """All pairs of a shard, query by query, with their names (looked up when they are asked for)."""
+    return ShardPairs(number, _pairs(queries), _Names(queries, collection), divides)
 
 
 class ShardScorer:
@@ -51,7 +62,7 @@ class ShardScorer:
         queries = self.queries(task.shard)
         scores = [np.full(len(query.rows), np.nan, dtype=np.float32) for query in queries]
         lost = [np.zeros(len(query.rows), dtype=np.int32) for query in queries]
-        wanted = [[pair for pair in shard_pairs(queries) if pair not in task.failed]]
+        wanted = [[pair for pair in _pairs(queries) if pair not in task.failed]]
         counts = self.teacher.counts.copy()
         takes_known = self.known is not None and not task.probe and task.pieces is None
         reused = self._take_known(queries, wanted, scores, lost) if takes_known else 0
@@ -62,7 +73,9 @@ class ShardScorer:
                 bad = self._score(queries, piece, scores, lost)
             except RetrievalKDError:
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever a model raises is held against these documents
+            except Exception as error:
+                if _breaks_the_process(error):
+                    raise BrokenProcessError(error) from error
                 return Outcome(f"{type(error).__name__}: {error}"[:500])
             if bad:
                 return Outcome("the score is NaN or infinite", bad if self.teacher.independent else [])
@@ -118,7 +131,8 @@ class ShardScorer:
         ids = [self.collection.documents.ids_of(query.rows) for query in queries]
         kept = [[j for j in range(len(ids[i])) if (i, j) not in task.failed] for i in range(len(queries))]
         failed = [[queries[i].query_id, ids[i][j], reason] for (i, j), reason in sorted(task.failed.items())]
-        statistics |= {"pairs": sum(map(len, kept)), "failed_pairs": len(failed), "failed": failed}
+        statistics |= {"pairs": sum(map(len, kept)), "failed_pairs": len(failed)}
+        statistics |= {FAILED: failed, BLAMED: task.blamed}
         rows = [i for i in range(len(queries)) if kept[i]]
         statistics["queries"] = len(rows)
         write_shard(
@@ -130,6 +144,35 @@ class ShardScorer:
             [lost[i][kept[i]] for i in rows],
         )
         return statistics
+
+
+class _Names(Mapping[Pair, tuple[str, str]]):
+    """Pair → query and document id."""
+
+    def __init__(self, queries: Sequence[Candidates], collection: Collection) -> None:
+        self._queries, self._documents = queries, collection.documents
+
+    def __getitem__(self, pair: Pair) -> tuple[str, str]:
+        query = self._queries[pair[0]]
+        return query.query_id, self._documents.id(int(query.rows[pair[1]]))
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(_pairs(self._queries))
+
+    def __len__(self) -> int:
+        return len(_pairs(self._queries))
+
+
+def _pairs(queries: Sequence[Candidates]) -> list[Pair]:
+    return [(i, j) for i, query in enumerate(queries) for j in range(len(query.rows))]
+
+
+def _breaks_the_process(error: Exception) -> bool:
+    """Whether this is a GPU's error after which every call fails; running out of its memory is not."""
+    torch = sys.modules.get("torch")
+    if torch is None or isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
 
 
 def _counted(lost: Sequence[np.ndarray], counts: Any) -> dict[str, Any]:

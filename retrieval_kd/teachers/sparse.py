@@ -57,7 +57,7 @@ class SparseTeacher(Teacher):
 
     def score(self, shard: Sequence[Candidates], texts: Sequence[Sequence[str]]) -> Scored:
         """Dot products of each query's vector with its candidates' vectors; 0 without a common term."""
-        scores = [self._dot_products(query) for query in shard]
+        scores = [self._job.without_bad(query.query_id, query.rows, self._dot_products(query)) for query in shard]
         return Scored(scores, [self._job.tokens_lost(query.query_id, query.rows) for query in shard])
 
     def _dot_products(self, candidates: Candidates) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from retrieval_kd.errors import RetrievalKDError
 from retrieval_kd.teachers.isolate import Outcome, Task
-from retrieval_kd.teachers.shards import ShardScorer
+from retrieval_kd.teachers.shards import BrokenProcessError, ShardScorer
 
 
 def main(job_file: str) -> None:
@@ -22,6 +22,7 @@ def main(job_file: str) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints goes to stderr
     logging.basicConfig(level=logging.WARNING, format="worker: %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what is under way may end in order
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     _die_with_parent(int(job["parent"]))
     try:
@@ -33,6 +34,9 @@ def main(job_file: str) -> None:
                 _say(answers, {"details": describe(scorer)})
             else:
                 _say(answers, {"outcome": outcome_to_json(scorer.run(task_from_json(request)))})
+    except BrokenProcessError as error:
+        logging.getLogger("retrieval_kd").warning("%s", error.__cause__)
+        os._exit(1)  # whatever torch would do on the way out needs the GPU
     except RetrievalKDError as error:
         _say(answers, {"error": str(error), "exit_code": error.exit_code})
     except KeyboardInterrupt:
@@ -51,7 +55,7 @@ def describe(scorer: ShardScorer) -> dict[str, Any]:
 def task_to_json(task: Task) -> dict[str, Any]:
     """A task as JSON."""
     failed = [[i, j, reason] for (i, j), reason in task.failed.items()]
-    return {"shard": task.shard, "failed": failed, "pieces": task.pieces, "probe": task.probe}
+    return {**asdict(task), "failed": failed}
 
 
 def task_from_json(value: dict[str, Any]) -> Task:
@@ -60,6 +64,7 @@ def task_from_json(value: dict[str, Any]) -> Task:
     return Task(
         value["shard"],
         {(i, j): reason for i, j, reason in value["failed"]},
+        value["blamed"],
         None if pieces is None else [[(i, j) for i, j in piece] for piece in pieces],
         value["probe"],
     )
@@ -83,7 +88,7 @@ def _scorer(job: dict[str, Any]) -> ShardScorer:
     from retrieval_kd.recipe import validate
     from retrieval_kd.registry import implementation
     from retrieval_kd.teachers.base import ScoringJob
-    from retrieval_kd.teachers.candidates import CandidateSlice, CandidateTable
+    from retrieval_kd.teachers.candidates import CandidateTable
     from retrieval_kd.teachers.reuse import KnownScores
 
     kind = implementation("teachers", job["recipe"]["kind"])
@@ -94,8 +99,7 @@ def _scorer(job: dict[str, Any]) -> ShardScorer:
     vectors = [Vectors.load(path, verify=False) for path in job["vectors"]]
     work = out / "work"
     with FileLock(work / "prepare.lock"):
-        mine = CandidateSlice(candidates, range(*job["span"]))
-        teacher.prepare(ScoringJob(collection, mine, vectors, work))
+        teacher.prepare(ScoringJob(collection, candidates, vectors, work))
     known = KnownScores(job["reuse"], teacher) if job["reuse"] else None
     return ShardScorer(teacher, collection, candidates, [range(*ends) for ends in job["shards"]], out, known)
 

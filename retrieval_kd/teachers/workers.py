@@ -20,6 +20,8 @@ from retrieval_kd.teachers.worker import outcome_from_json, task_to_json
 log = logging.getLogger("retrieval_kd")
 
 _STARTS = 3
+_GRACE_SECONDS = 30.0
+"""How long a worker that is told to end may take (requests to an endpoint are waited for, they are paid)."""
 
 
 class Worker:
@@ -44,9 +46,21 @@ class Worker:
         details: dict[str, Any] = answer["details"]
         return details
 
-    def close(self) -> None:
-        """Ends the process for good."""
+    def tell_to_end(self) -> None:
+        """Tells the process to end in order; nothing is started in its place."""
         self._closed = True
+        if self._process is not None:
+            self._process.terminate()
+
+    def close(self) -> None:
+        """Ends the process for good, in order if it was told to and does."""
+        self._closed = True
+        process = self._process
+        if process is not None:
+            try:
+                process.wait(_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                log.warning("a worker did not end within %.0f s and is killed", _GRACE_SECONDS)
         self._stop()
 
     def _stop(self) -> None:
@@ -65,7 +79,9 @@ class Worker:
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
             return self._answer(process)
-        except (BrokenPipeError, EOFError):
+        except (BrokenPipeError, EOFError, ValueError):  # ValueError: a line cut off, or a pipe closed meanwhile
+            if self._closed:
+                raise RetrievalKDError("scoring was stopped") from None
             return Outcome(self._end(process), died=True)
 
     def _answer(self, process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -144,6 +160,8 @@ def over_workers(
                 give(worker)
         yield None, fleet[0].details()
     finally:
+        for worker in fleet:
+            worker.tell_to_end()
         for worker in fleet:
             worker.close()
         pool.shutdown(wait=True, cancel_futures=True)

@@ -13,12 +13,15 @@ import tiny
 import tiny_encoders
 
 from retrieval_kd.data.collection import Collection
-from retrieval_kd.errors import ArtifactError, RetrievalKDError
+from retrieval_kd.data.merge_scores import merge_scores
+from retrieval_kd.data.sources import make_collection
+from retrieval_kd.errors import ArtifactError
 from retrieval_kd.models.encode import encode
 from retrieval_kd.models.encoder import DenseEncoder
 from retrieval_kd.teachers import encoded
 from retrieval_kd.teachers.base import Candidates, ScoringJob
 from retrieval_kd.teachers.bi_encoder import BiEncoderTeacher
+from retrieval_kd.teachers.score import score
 
 # 5 distinct documents: 0, 1, 7, 20, 39.
 QUERIES = {"train-3": ("w3 w43", [20, 0, 7]), "train-1": ("w1 w41", [7, 39]), "train-9": ("w9 w49", [1])}
@@ -192,11 +195,78 @@ def test_an_empty_text_has_a_score(dense: Path, tmp_path: Path) -> None:
     assert tiny_encoders.score_all(bi, job).scores[0][0] == pytest.approx(1, abs=1e-6)
 
 
-def test_nan_weights_stop_and_name_the_text(collection: Collection, tmp_path: Path) -> None:
+def test_a_text_with_nan_makes_its_pairs_nan(
+    collection: Collection, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """w7 is NaN: document 7 cannot be encoded, nor the query that has the word; all others are as without them."""
     model = tiny.spoil(tiny.make_dense(tmp_path / "spoilt"))
-    job = tiny_encoders.make_job(collection, QUERIES, tmp_path / "work")
-    with pytest.raises(RetrievalKDError, match=r"NaN or infinite vectors for 1 of 5 document texts \(first: 'w7 w47"):
-        teacher(model).prepare(job)
+    queries = {**QUERIES, "bad": ("w7 w41", [0, 39])}
+    bi = teacher(model)
+    bi.prepare(job := tiny_encoders.make_job(collection, queries, tmp_path / "work"))
+    found = [np.isnan(values).tolist() for values in tiny_encoders.score_all(bi, job).scores]
+    assert found == [[False, False, True], [True, False], [False], [True, True]]
+    assert "a text cannot be encoded: NaN or infinite values: 'w7 w47 w50 w51'" in caplog.text
+    again = teacher(model)
+    again.prepare(job)
+    assert np.isnan(tiny_encoders.score_all(again, job).scores[1]).tolist() == [True, False], "resumed from its files"
+
+
+def test_a_text_that_cannot_be_read_is_found(
+    dense: Path, job: ScoringJob, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    encode = DenseEncoder.encode
+
+    def fails(self: DenseEncoder, texts: Sequence[str], task: str) -> Any:
+        if any("w39" in text for text in texts):
+            raise ValueError("unreadable")
+        return encode(self, texts, task)
+
+    undisturbed = teacher(dense)
+    undisturbed.prepare(dataclasses.replace(job, work=job.work.parent / "undisturbed"))
+    monkeypatch.setattr(DenseEncoder, "encode", fails)
+    bi = teacher(dense)
+    bi.prepare(job)
+    for values, expected in zip(
+        tiny_encoders.score_all(bi, job).scores, tiny_encoders.score_all(undisturbed, job).scores, strict=True
+    ):
+        good = ~np.isnan(values)
+        np.testing.assert_allclose(values[good], expected[good], atol=1e-6)
+    assert np.isnan(tiny_encoders.score_all(bi, job).scores[1]).tolist() == [False, True]
+    assert "a text cannot be encoded: ValueError: unreadable: 'w39 w49 w54 w50'" in caplog.text
+
+
+def test_a_model_that_can_encode_nothing_stops_the_run(
+    job: ScoringJob, monkeypatch: pytest.MonkeyPatch, dense: Path
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(DenseEncoder, "encode", fails)
+    with pytest.raises(ValueError, match="broken"):
+        teacher(dense).prepare(job)
+
+
+def test_files_that_were_cut_off_are_noticed_before_more_is_written(
+    dense: Path, job: ScoringJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half way: without this, zeros would stand where the lost vectors were."""
+    monkeypatch.setattr("retrieval_kd.teachers.encoded.BLOCK", 2)
+    written: list[Path] = []
+    append = encoded._append
+
+    def stops(path: Path, *arguments: Any) -> None:
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        written.append(path)
+        append(path, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encoded, "_append", stops)
+        teacher(dense).prepare(job)
+    vectors = job.work / "documents" / "vectors"
+    vectors.write_bytes(vectors.read_bytes()[:-7])
+    with pytest.raises(ArtifactError, match=r"vectors: shorter than its blocks.json says; delete .*documents"):
+        teacher(dense).prepare(job)
 
 
 def test_a_model_of_another_kind_may_be_read_as_dense(collection: Collection, tmp_path: Path) -> None:
@@ -221,3 +291,22 @@ def test_a_model_without_a_length_loses_nothing(collection: Collection, tmp_path
     np.testing.assert_allclose(scores[0], tiny.unit(table[[6, 7]]) @ tiny.unit(table[6]), atol=1e-6)
     assert lost[0].tolist() == [0, 0]
     assert bi.details()["max_length"] is None
+
+
+def test_slices_are_the_bytes_of_the_undivided_run(dense: Path, tmp_path: Path) -> None:
+    """Texts of very different lengths: what a text is padded to must not depend on the slice."""
+    texts = [" ".join(tiny.WORDS[(i + j) % 60] for j in range(1 + 3 * i % 25)) for i in range(20)]
+    tiny_encoders.make_collection_of(tmp_path, texts)
+    beir = tmp_path / "texts-beir"
+    (beir / "queries.jsonl").write_text("".join(f'{{"_id": "q{i}", "text": "w{i} w{i + 9}"}}\n' for i in range(12)))
+    collection = make_collection(str(beir), tmp_path / "collection")
+    run = tmp_path / "run.trec"
+    rows = [(f"q{i}", f"d{j}") for i in range(12) for j in range(i % 5, 20, 3)]
+    run.write_text("".join(f"{q} Q0 {d} 1 {-j} made\n" for j, (q, d) in enumerate(rows)))
+    recipe = tiny.write_recipe(
+        tmp_path / "bi.yaml", {"kind": "bi-encoder", "model": str(dense), "pairs_per_shard": len(rows) // 4}
+    )
+    arguments: dict[str, Any] = {"collection": collection, "candidates": [run]}
+    whole = score(recipe, **arguments, out=tmp_path / "whole")
+    parts = [score(recipe, **arguments, out=tmp_path / f"{i}", shard=f"{i}/3").path for i in (1, 2, 3)]
+    assert merge_scores(parts, tmp_path / "merged").fingerprint == whole.fingerprint

@@ -305,7 +305,9 @@ def test_nan_names_the_document_and_keeps_finished_shards(
     """The weights of w7 are NaN. Two queries a shard: d07 is first met by train-2, in the second shard."""
     recipe = write_recipe(tmp_path, tiny.spoil(tiny.make_cross_encoder(tmp_path / "spoilt")))
     arguments: dict[str, Any] = {"collection": collection, "candidates": [candidates], "out": tmp_path / "scores"}
-    with pytest.raises(RetrievalKDError, match=r"1 documents could not be scored \('d07': the score is NaN"):
+    with pytest.raises(
+        RetrievalKDError, match=r"1 documents or queries could not be scored \(document 'd07': the score"
+    ):
         score(recipe, **arguments, max_failed=0)
     assert not (tmp_path / "scores").exists()
     assert sorted(shard_bytes(tmp_path / "scores.partial")) == ["shard-00000-of-00015.parquet"]
@@ -352,3 +354,12 @@ def test_killed_five_times_gives_the_same_bytes(
     assert shard_bytes(out) == shard_bytes(expected.path) and len(shard_bytes(out)) == 30
     assert Scores.load(out).fingerprint == expected.fingerprint
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["scores", "undisturbed"]
+
+
+def test_a_model_without_a_trained_head_is_refused(shared: Path) -> None:
+    """Its weights would be random, and other ones in every process."""
+    plain = tiny.make_transformer(shared / "plain-for-cross-encoder")
+    with pytest.raises(
+        InputError, match=r"no trained cross-encoder: its files lack 2 weights \(first: classifier.bias"
+    ):
+        teacher(plain).details()

@@ -262,7 +262,7 @@ def test_what_the_manifest_says(tmp_path: Path) -> None:
         ({}, False, True),
         ({}, True, False),
         ({"normalise": "min-max"}, False, False),
-        ({"normalise": "min-max", "over": "global"}, False, True),
+        ({"normalise": "min-max", "over": "global"}, False, False),
         ({"aggregate": "reciprocal-rank"}, False, False),
         ({"join": "union", "fill": "lowest"}, False, False),
         ({"join": "union", "fill": 0}, False, True),

@@ -26,7 +26,6 @@ from retrieval_kd.errors import (
 )
 from retrieval_kd.registry import TEACHERS
 from retrieval_kd.teachers import shards as shards_module
-from retrieval_kd.teachers.base import ScoringJob
 from retrieval_kd.teachers.score import estimate_score, score
 from retrieval_kd.verify import check
 
@@ -159,20 +158,20 @@ def test_candidates_that_do_not_fit(recipe: str, collection: Collection, tmp_pat
     queries = {"train-1": ["d01"], "nobody-1": ["d01"], "nobody-2": ["d01"]}
     refused(
         InputError,
-        r"2 queries of the candidates are not in the collection: 'nobody-1', 'nobody-2'",
+        r"queries.trec: 2 queries are not in the collection: 'nobody-1', 'nobody-2'",
         made_run(tmp_path / "queries.trec", queries),
     )
     documents = {"train-1": ["d01", "x9"], "train-2": ["x9", "x8"]}
     refused(
         DataError,
-        r"2 documents of the candidates are not in the collection: 'x9', 'x8'",
+        r"documents.trec: 2 documents are not in the collection: 'x9', 'x8'",
         made_run(tmp_path / "documents.trec", documents),
     )
     refused(UsageError, "--candidates")
     refused(ArtifactError, "no such file", tmp_path / "nothing")
     empty = tmp_path / "empty"
     Run.from_hits([], [], []).save(empty, recipe={"kind": "made"}, inputs={})
-    refused(InputError, "no candidates", empty)
+    refused(InputError, "empty: no candidates", empty)
     assert not (tmp_path / "scores").exists()
 
 
@@ -234,10 +233,12 @@ def test_no_failed_document_may_be_allowed(
 ) -> None:
     """train-2 in the first shard is the first to have d07: nothing is written. All that is done before it is kept."""
     arguments: dict[str, Any] = {"collection": collection, "candidates": [candidates], "out": tmp_path / "scores"}
-    with pytest.raises(RetrievalKDError, match=r"1 documents could not be scored \('d07': the score is NaN"):
+    with pytest.raises(
+        RetrievalKDError, match=r"1 documents or queries could not be scored \(document 'd07': the score is NaN"
+    ):
         score(recipe, **arguments, overrides=["nan=w7"], max_failed=0)
     assert not (tmp_path / "scores").exists() and shard_bytes(tmp_path / "scores.partial") == {}
-    with pytest.raises(RetrievalKDError, match="'d23': the score is NaN"):
+    with pytest.raises(RetrievalKDError, match="document 'd23': the score is NaN"):
         score(recipe, **arguments, overrides=["nan=w23"], max_failed=0, force=True)
     assert len(shard_bytes(tmp_path / "scores.partial")) == 6
     scores = score(recipe, **arguments, overrides=["nan=w23"], max_failed=1)
@@ -381,6 +382,7 @@ def test_statistics_travel_in_the_shard(recipe: str, collection: Collection, can
         "tokens_lost": 40,
         "failed_pairs": 1,
         "failed": [["train-2", "d07", "ValueError: cannot read w7"]],
+        "blamed": {"document 'd07'": "ValueError: cannot read w7"},
         "seen": 17,
     }
 
@@ -401,15 +403,71 @@ def test_estimate(recipe: str, collection: Collection, candidates: Path) -> None
     }
 
 
-def test_a_slice_prepares_its_own_queries_only(
+def test_a_run_without_any_score_is_an_error(recipe: str, collection: Collection, tmp_path: Path) -> None:
+    only = made_run(tmp_path / "only.trec", {"train-1": ["d07"]})
+    with pytest.raises(RetrievalKDError, match="none of the 1 pairs could be scored: ValueError: cannot read w7"):
+        score(recipe, collection=collection, candidates=[only], out=tmp_path / "s", overrides=["raises=w7"])
+
+
+def test_wrong_numbers_are_refused(recipe: str, collection: Collection, tmp_path: Path) -> None:
+    for how in ({"workers": 0}, {"max_failed": -1}):
+        with pytest.raises(UsageError, match="workers is at least 1 and max_failed at least 0"):
+            score(recipe, collection=collection, candidates=["qrels:dev"], out=tmp_path / "s", **how)
+
+
+def test_too_many_slices_leave_nothing_behind(recipe: str, collection: Collection, tmp_path: Path) -> None:
+    """What the error advises works at the same place."""
+    arguments: dict[str, Any] = {"collection": collection, "candidates": ["qrels:dev"], "out": tmp_path / "s"}
+    with pytest.raises(RecipeError):
+        score(recipe, **arguments, shard="1/2")
+    assert score(recipe, **arguments, shard="1/2", overrides=["pairs_per_shard=2"]).manifest.counts["shards"] == 1
+
+
+def test_a_candidates_file_that_was_cut_off_is_gathered_again(
     recipe: str, collection: Collection, candidates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[str] = []
+    arguments: dict[str, Any] = {"collection": collection, "candidates": [candidates], "out": tmp_path / "s"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stops_after(patch, 2)
+        score(recipe, **arguments)
+    (tmp_path / "s.partial" / "work" / "candidates.arrow").write_bytes(b"")
+    assert score(recipe, **arguments).manifest.counts["pairs"] == 180
 
-    def prepare(self: trivial.TrivialTeacher, job: ScoringJob) -> None:
-        seen.extend(query.query_id for query in job.candidates)
-        assert [query.query_id for query in job.candidates[1:3]] == seen[1:3]
+
+def test_a_bad_query_is_blamed_itself(
+    recipe: str, collection: Collection, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both documents of train-7 fail (for the teacher reads documents only): it counts as one failure, not as two."""
+    run = made_run(tmp_path / "run.trec", {"train-7": ["d07", "d17"], "train-1": ["d01", "d11"]})
+    arguments: dict[str, Any] = {"collection": collection, "candidates": [run], "overrides": ["raises=w47"]}
+    scores = score(recipe, **arguments, out=tmp_path / "s", max_failed=1)
+    assert failed(scores) == [("train-7", "d07"), ("train-7", "d17")]
+    assert "query 'train-7' cannot be scored: ValueError: cannot read w47; left out" in caplog.text
+
+
+def test_an_error_before_the_first_shard_leaves_nothing_in_the_way(
+    recipe: str, collection: Collection, candidates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe is mended as the message says, and the same place is free for it."""
+
+    def prepare(self: trivial.TrivialTeacher, _: Any) -> None:
+        if self.recipe.salt == "":
+            raise InputError("set salt=pepper")
 
     monkeypatch.setattr(trivial.TrivialTeacher, "prepare", prepare)
-    score(recipe, collection=collection, candidates=[candidates], out=tmp_path / "s", shard="2/5")
-    assert seen == [f"train-{i}" for i in range(6, 12)]
+    arguments: dict[str, Any] = {"collection": collection, "candidates": [candidates], "out": tmp_path / "s"}
+    with pytest.raises(InputError, match="set salt=pepper"):
+        score(recipe, **arguments)
+    assert score(recipe, **arguments, overrides=["salt=pepper"]).manifest.counts["pairs"] == 180
+
+
+def test_queries_without_candidates_are_said(recipe: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A split may judge a query's documents as not relevant, all of them."""
+    beir = tmp_path / "beir"
+    (beir / "qrels").mkdir(parents=True)
+    (beir / "corpus.jsonl").write_text('{"_id": "a", "text": "w1"}\n{"_id": "b", "text": "w2"}\n')
+    (beir / "queries.jsonl").write_text('{"_id": "q1", "text": "w1"}\n{"_id": "q2", "text": "w2"}\n')
+    (beir / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq1\ta\t1\nq2\tb\t0\n")
+    scores = score(recipe, collection=str(beir), candidates=["qrels:train"], out=tmp_path / "s")
+    assert list(by_query(scores)) == ["q1"]
+    assert "qrels:train: 1 queries have no candidates: 'q2'" in caplog.text

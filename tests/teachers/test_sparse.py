@@ -138,8 +138,8 @@ def test_killed_encoding_goes_on(
     np.testing.assert_array_equal(terms, np.fromfile(tmp_path / "undisturbed" / "documents" / "terms", dtype=np.int32))
 
 
-def test_nan_weights_stop_and_name_the_text(collection: Collection, tmp_path: Path) -> None:
-    """The output layer shares the embedding of w7, so that every text has a NaN."""
+def test_a_model_that_gives_nan_for_everything_stops_the_run(collection: Collection, tmp_path: Path) -> None:
+    """The output layer shares the embedding of w7, so that every text has a NaN, an empty one too."""
     model = tiny.spoil(tiny_encoders.make_splade(tmp_path / "spoilt"))
     job = tiny_encoders.make_job(collection, QUERIES, tmp_path / "work")
     with pytest.raises(RetrievalKDError, match="NaN or infinite vectors for 5 of 5 document texts"):
