@@ -68,22 +68,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=5_000_000)
     parser.add_argument("--measure", nargs="+", type=Path, metavar="TSV", help="import these and print JSON lines")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     for path in arguments.measure or ():
         print(json.dumps(measure(path)))
     if arguments.measure:
         return
+    runs = []
     with tempfile.TemporaryDirectory() as folder:
         for rows in (arguments.rows // 10, arguments.rows):
             source = Path(folder) / f"{rows}.tsv"
             write_triples(source, rows)
             command = [sys.executable, __file__, "--measure", str(source)]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            runs.append({"rows": rows, **found})
             print(
                 f"{rows:,} rows ({source.stat().st_size / 1e6:.0f} MB): {found['seconds']:.1f} s, "
                 f"{rows / found['seconds']:,.0f} rows/s, peak +{found['growth_mb']:.0f} MB, {found['pairs']:,} pairs, "
                 f"{found['queries']:,} queries, {found['repeated_pairs']:,} repeated"
             )
+    if arguments.out:
+        arguments.out.write_text(json.dumps(runs, indent=2) + "\n")
 
 
 if __name__ == "__main__":

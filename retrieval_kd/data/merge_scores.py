@@ -136,7 +136,7 @@ def _one_row(
                 raise ArtifactError(
                     f"{parts[k]}: query {row.query_id!r}, document {doc_id!r} has score {value!r}, "
                     f"but {scores[j]!r} in an earlier file. Pairs in both merge only when equal to the last digit, "
-                    "which other batches, software or hardware may change: score the pairs that are new with --reuse instead"
+                    "which other batches, software or hardware may change: score what is new with --reuse instead"
                 )
     tokens_lost = np.array(lost, dtype=np.int32) if known else None
     return ScoredQuery(whole.query_id, doc_ids, np.array(scores, dtype=np.float32), tokens_lost)

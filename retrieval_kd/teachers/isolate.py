@@ -99,7 +99,7 @@ def finish_shard(shard: ShardPairs, run: Run, failures: Failures) -> dict[str, A
         log.warning("shard %d: %s; looking for what causes it", shard.number, outcome.reason)
         before = len(search.failed)
         pieces = search.narrow(search.left(), outcome)
-        if len(search.failed) == before and attempt:
+        if len(search.failed) == before and (attempt or not outcome.died):
             # Each piece alone can be done, all together cannot: out of memory, most likely.
             outcome = run(search.task(pieces=_undivided(pieces) if not shard.divides else pieces))
             if outcome.reason is None:

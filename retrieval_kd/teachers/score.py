@@ -125,7 +125,7 @@ def estimate_score(
     candidates: Sequence[str | Path],
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What `score` would do: queries, pairs, shards, distinct texts and their words (about 1.3 tokens each)."""
+    """What `score` would do: queries, pairs, shards, distinct texts, about 1.3 tokens a word, and what these cost."""
     from retrieval_kd.data.sources import open_collection
 
     opened = open_collection(collection)
@@ -142,12 +142,18 @@ def estimate_score(
         pairs = int(table.lengths.sum())
         sample = distinct[:: max(1, len(distinct) // 1000)]
         words = float(np.mean([len(text.split()) for text in opened.documents.texts(sample)]))
+        tokens = int(1.3 * (words * pairs + query_words))
+        teacher: Teacher = implementation("teachers", loaded.kind)(loaded)
+        if not teacher.independent:  # windows overlap
+            tokens = int(tokens * loaded.window / loaded.stride)  # type: ignore[attr-defined]
+        price = getattr(loaded, "price_per_million", None)
         return {
             "queries": len(table),
             "pairs": pairs,
             "distinct_documents": len(distinct),
             "shards": len(plan_shards(table.lengths, loaded.pairs_per_shard)),
-            "approximate_tokens": int(1.3 * (words * pairs + query_words)),
+            "approximate_tokens": tokens,
+            **({} if price is None else {"approximate_input_cost": round(tokens * price.input / 1e6, 2)}),
         }
 
 

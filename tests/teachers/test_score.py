@@ -471,3 +471,19 @@ def test_queries_without_candidates_are_said(recipe: str, tmp_path: Path, caplog
     scores = score(recipe, collection=str(beir), candidates=["qrels:train"], out=tmp_path / "s")
     assert list(by_query(scores)) == ["q1"]
     assert "qrels:train: 1 queries have no candidates: 'q2'" in caplog.text
+
+
+def test_estimate_of_what_costs_money(collection: Collection, candidates: Path, tmp_path: Path) -> None:
+    """1,404 tokens at 1,000 a million are 1.4."""
+    recipe = tiny.write_recipe(
+        tmp_path / "api.yaml",
+        {
+            "kind": "api",
+            "base_url": "http://localhost:1/v1",
+            "model": "m",
+            "prompt": "graded",
+            "price_per_million": {"input": 1000, "output": 0},
+        },
+    )
+    found = estimate_score(recipe, collection=collection, candidates=[candidates])
+    assert found["approximate_input_cost"] == 1.4
