@@ -12,7 +12,7 @@ def use_onednn(model: nn.Module) -> int:
     """The number of linear layers of ``model`` that oneDNN computes from now on; 0 where torch cannot.
 
     On x86 torch multiplies float32 matrices with MKL, which leaves an AMD processor's AVX-512 unused. oneDNN gives the
-    same numbers up to rounding, 2.3 times as fast there. The weights are repacked in place: the model cannot be
+    same numbers up to rounding, about twice as fast there. The weights are repacked in place: the model cannot be
     trained, saved or exported afterwards.
     """
     import torch
