@@ -7,8 +7,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -107,12 +107,13 @@ def score(
             else:
                 job_file = _write_job(job, loaded, shards, draft.path, vectors, reuse)
                 results = over_workers(job_file, workers, todo, finish)
-            for i, result in results:
-                if i is None:
-                    draft.details.update(result)
-                else:
-                    done[i] = result
-                    advance(pairs[i])
+            with closing(results):  # an interruption may come while a result is taken: workers end all the same
+                for i, result in results:
+                    if i is None:
+                        draft.details.update(result)
+                    else:
+                        done[i] = result
+                        advance(pairs[i])
         _describe(draft, loaded, [done[i] for i in wanted])
     _warn(draft.counts)
     return Scores.load(out)
@@ -197,7 +198,7 @@ def _in_this_process(
     reuse: Sequence[str | Path],
     shards: Sequence[int],
     finish: Callable[[int, Callable[[Task], Outcome]], Any],
-) -> Iterator[tuple[int | None, Any]]:
+) -> Generator[tuple[int | None, Any]]:
     scorer.teacher.prepare(job)
     scorer.known = KnownScores(reuse, scorer.teacher) if reuse else None
     for i in shards:

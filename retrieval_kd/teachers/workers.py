@@ -8,8 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,12 @@ class Worker:
     def tell_to_end(self) -> None:
         """Tells the process to end in order; nothing is started in its place."""
         self._closed = True
-        if self._process is not None:
-            self._process.terminate()
+        process = self._process
+        if process is not None:
+            process.terminate()
+            assert process.stdin is not None
+            with suppress(OSError, ValueError):  # also ends a process that swallowed the signal
+                process.stdin.close()
 
     def close(self) -> None:
         """Ends the process for good, in order if it was told to and does."""
@@ -67,7 +72,11 @@ class Worker:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.communicate()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                with suppress(OSError, ValueError):  # what was written last may be left in its buffer
+                    pipe.close()
 
     def _ask(self, request: Any) -> dict[str, Any] | Outcome:
         process = self._process or self._started()
@@ -134,7 +143,7 @@ def over_workers(
     workers: int,
     shards: Sequence[int],
     finish: Callable[[int, Callable[[Task], Outcome]], Any],
-) -> Iterator[tuple[int | None, Any]]:
+) -> Generator[tuple[int | None, Any]]:
     """Yields (shard, its result) as shards are finished, and last (None, details of the teacher).
 
     Each thread drives one process with ``finish(shard, run)``. The first error stops all of them.

@@ -192,6 +192,7 @@ def test_interrupting_stops_the_workers(command: list[str], tmp_path: Path) -> N
     assert len(children) == 2
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
-    assert process.returncode != 0 and b"KeyboardInterrupt" in said
+    assert process.returncode != 0 and said.rstrip().endswith(b"KeyboardInterrupt")
+    assert b"another exception" not in said and b"ended by" not in said
     psutil.wait_procs(children, timeout=10)
     assert not any(child.is_running() for child in children)
