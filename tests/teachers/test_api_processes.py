@@ -134,11 +134,13 @@ def test_an_interruption_keeps_what_is_in_flight(
     server.content = lambda body: answer
     teacher = prepared(made(server, concurrency=3), collection, tmp_path / "work")
     former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    former_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
     try:
         with pytest.raises(raised):
             teacher.score(*query(10))
     finally:
         signal.signal(signal.SIGTERM, former)
+        signal.signal(signal.SIGINT, former_interrupt)
     assert len(server.requests) == 3
     usage = teacher.details()["usage"]
     assert (usage["requests"], usage["prompt_tokens"], usage["unsettled_tokens"]) == (3, 30, 0)

@@ -143,7 +143,8 @@ def test_each_worker_has_its_gpu_and_its_cores(monkeypatch: pytest.MonkeyPatch) 
 def command(recipe: str, collection: Collection, candidates: Path, tmp_path: Path) -> Iterator[list[str]]:
     """`score` with two workers in a process of its own, slow enough to be killed in the middle."""
     code = (
-        "import sys\nfrom retrieval_kd.teachers.score import score\n"
+        "import signal, sys\nfrom retrieval_kd.teachers.score import score\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background may ignore it
         f"score({recipe!r}, collection={str(collection.path)!r}, candidates=[{str(candidates)!r}], out=sys.argv[1],"
         f" workers=2, overrides=['seconds=0.02', 'log={tmp_path / 'log'}'])"
     )
