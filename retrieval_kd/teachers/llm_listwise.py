@@ -15,23 +15,22 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from retrieval_kd.artifact import InputRef
 from retrieval_kd.errors import InputError
 from retrieval_kd.models.decoding import NOT_FINITE
-from retrieval_kd.models.language_model import LanguageModel, Precision
-from retrieval_kd.models.load import ModelSource, find_model
-from retrieval_kd.teachers.base import Candidates, ModelTeacherRecipe, Scored, ScoringJob, Teacher
+from retrieval_kd.models.language_model import LanguageModel
+from retrieval_kd.teachers.base import Candidates, Scored, ScoringJob
+from retrieval_kd.teachers.llm import LLMRecipe, LLMTeacher
 from retrieval_kd.teachers.prompt_fitting import fit_prompts, refuse_long_queries
-from retrieval_kd.teachers.prompts import PromptedRecipe, prompt_of
+from retrieval_kd.teachers.prompts import prompt_of
 from retrieval_kd.teachers.windows import Window, WindowKeys, parse_permutation, rank_scores
 
 
-class LLMListwiseTeacher(Teacher):
+class LLMListwiseTeacher(LLMTeacher):
     """Scores by minus the rank that a language model gives, or minus the mean of its ranks over shuffles."""
 
     independent = False
 
-    class Recipe(PromptedRecipe, WindowKeys, ModelTeacherRecipe):
+    class Recipe(LLMRecipe, WindowKeys):
         """Keys of ``kind: llm-listwise``."""
 
         kind: Literal["llm-listwise"]
@@ -40,9 +39,6 @@ class LLMListwiseTeacher(Teacher):
         """Permutation: only tokens of a valid answer are written. Otherwise answers are free, and repaired."""
         max_length: int = Field(default=4096, ge=16)
         """Tokens of a prompt and its answer; passages are cut alike where they do not fit."""
-        batch_tokens: int | None = Field(default=None, ge=1)
-        """Padded tokens of a batch; by default as many as suit the device."""
-        precision: Precision = "auto"
         pairs_per_shard: int = Field(default=2000, ge=1)
 
         @model_validator(mode="after")
@@ -63,38 +59,17 @@ class LLMListwiseTeacher(Teacher):
         """``rank``: minus a rank."""
         return "rank"
 
-    @cached_property
-    def source(self) -> ModelSource:
-        """Where the model is."""
-        return find_model(self.recipe.model, self.recipe.revision)
-
-    def ref(self) -> InputRef:
-        """The model's reference."""
-        return self.source.ref()
-
-    @cached_property
-    def model(self) -> LanguageModel:
-        """The loaded model. Raises `InputError` when it does not go with the recipe."""
-        model = LanguageModel.load(self.source, precision=self.recipe.precision)
-        model.check_length(self.recipe.max_length)
+    def refuse(self, model: LanguageModel) -> None:
+        """Raises `InputError` for an encoder-decoder whose answer would have to begin with given text."""
         if model.encoder_decoder and (self.recipe.decoding == "first-token" or self.prompt.answer_start):
             raise InputError(
                 f"model '{self.source.name}' is an encoder-decoder, whose answer cannot be begun with '['; "
                 "use decoding: permutation and a prompt without answer_start:"
             )
-        return model
 
     def details(self) -> dict[str, Any]:
-        """Model, revision, length, dtype, prompt, and how windows were put in order."""
-        return {
-            "model": self.source.name,
-            "revision": self.source.revision,
-            "max_length": self.recipe.max_length,
-            "dtype": self.model.dtype,
-            "prompt": self.recipe.prompt,
-            "prompt_sha256": self.prompt.sha256,
-            "decoding": self.recipe.decoding,
-        }
+        """What the model is, and how windows were put in order."""
+        return {**super().details(), "decoding": self.recipe.decoding}
 
     def prepare(self, job: ScoringJob) -> None:
         """Raises `InputError` for queries that leave no room for passages."""

@@ -8,32 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
-from retrieval_kd.artifact import InputRef
 from retrieval_kd.errors import InputError, RecipeError
-from retrieval_kd.models.language_model import LanguageModel, Precision, PromptText
-from retrieval_kd.models.load import ModelSource, find_model
-from retrieval_kd.teachers.base import Candidates, ModelTeacherRecipe, Scored, ScoringJob, Teacher
+from retrieval_kd.models.language_model import LanguageModel, PromptText
+from retrieval_kd.teachers.base import Candidates, Scored, ScoringJob
+from retrieval_kd.teachers.llm import LLMRecipe, LLMTeacher
 from retrieval_kd.teachers.prompt_fitting import fit_prompts, refuse_long_queries
-from retrieval_kd.teachers.prompts import PromptedRecipe, prompt_of
+from retrieval_kd.teachers.prompts import prompt_of
 
 
-class LLMPointwiseTeacher(Teacher):
+class LLMPointwiseTeacher(LLMTeacher):
     """Scores by logit(positive) − logit(negative) of the first token of the answer."""
 
-    class Recipe(PromptedRecipe, ModelTeacherRecipe):
+    class Recipe(LLMRecipe):
         """Keys of ``kind: llm-pointwise``."""
 
         kind: Literal["llm-pointwise"]
-        max_length: int = Field(default=512, ge=16)
-        """Tokens of a whole prompt; a document is cut where it does not fit."""
-        batch_tokens: int | None = Field(default=None, ge=1)
-        """Padded tokens of a batch; by default as many as suit the device."""
-        precision: Precision = "auto"
         pairs_per_shard: int = Field(default=1024, ge=1)
 
     recipe: Recipe
@@ -52,34 +46,10 @@ class LLMPointwiseTeacher(Teacher):
         """``log_odds``."""
         return "log_odds"
 
-    @cached_property
-    def source(self) -> ModelSource:
-        """Where the model is."""
-        return find_model(self.recipe.model, self.recipe.revision)
-
-    def ref(self) -> InputRef:
-        """The model's reference."""
-        return self.source.ref()
-
-    @cached_property
-    def model(self) -> LanguageModel:
-        """The loaded model. Raises `InputError` when it does not go with the recipe."""
-        model = LanguageModel.load(self.source, precision=self.recipe.precision)
-        model.check_length(self.recipe.max_length)
+    def refuse(self, model: LanguageModel) -> None:
+        """Raises `InputError` for an encoder-decoder whose answer would have to begin with given text."""
         if model.encoder_decoder and self.prompt.answer_start:
             raise InputError(f"model '{self.source.name}' is an encoder-decoder: answer_start: cannot begin its answer")
-        return model
-
-    def details(self) -> dict[str, Any]:
-        """Model, revision, length, dtype and prompt."""
-        return {
-            "model": self.source.name,
-            "revision": self.source.revision,
-            "max_length": self.recipe.max_length,
-            "dtype": self.model.dtype,
-            "prompt": self.recipe.prompt,
-            "prompt_sha256": self.prompt.sha256,
-        }
 
     def prepare(self, job: ScoringJob) -> None:
         """Raises `InputError` for queries that leave no room for a document."""
