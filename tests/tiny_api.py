@@ -9,9 +9,9 @@ import numpy as np
 from faulty_server import FaultyServer
 
 from retrieval_kd.data.collection import Collection
+from retrieval_kd.models.api.reply import Reply
 from retrieval_kd.recipe import validate
 from retrieval_kd.teachers.api.recipe import ApiRecipe
-from retrieval_kd.teachers.api.reply import Reply
 from retrieval_kd.teachers.api.teacher import ApiTeacher
 from retrieval_kd.teachers.base import Candidates, Scored, ScoringJob
 

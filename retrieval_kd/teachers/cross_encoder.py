@@ -15,14 +15,14 @@ from pydantic import Field, model_validator
 from retrieval_kd.artifact import InputRef, write_atomically
 from retrieval_kd.errors import InputError, RetrievalKDError
 from retrieval_kd.models.batching import token_batches
-from retrieval_kd.models.encoder import quiet_loading
+from retrieval_kd.models.cross_encoder import load_cross_encoder, pair_limit, query_prompt, scores_only
 from retrieval_kd.models.load import find_model
 from retrieval_kd.models.onednn import use_onednn
 from retrieval_kd.models.onnx import OnnxSession, deviation, export_onnx, quantize_int8, require_onnx
 from retrieval_kd.teachers.base import Candidates, ModelTeacherRecipe, Scored, ScoringJob, Teacher
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 BATCH_TOKENS = {"cpu": 1024, "gpu": 32768}
 """Padded tokens of a batch: on a CPU what stays in the caches, on a GPU what keeps it busy in little memory."""
@@ -84,7 +84,7 @@ class CrossEncoderTeacher(Teacher):
             "max_length": self._limit,
             "dtype": self._dtype,
             "backend": self.recipe.backend,
-            "prompt": self._prompt or None,
+            "prompt": query_prompt(self._model) or None,
         }
         if self._exported is not None:
             facts["deviation_from_torch"] = json.loads((self._exported / "deviation.json").read_text())
@@ -123,56 +123,17 @@ class CrossEncoderTeacher(Teacher):
     @cached_property
     def _model(self) -> Any:
         """The `CrossEncoder`, checked; on the CPU for an ONNX backend."""
-        import torch
-        from sentence_transformers import CrossEncoder
-
-        with quiet_loading():
-            model = CrossEncoder(
-                str(self.source.path),
-                max_length=self.recipe.max_length,
-                device=None if self.recipe.backend == "torch" else "cpu",
-                model_kwargs={"dtype": torch.float32 if self._dtype == "int8" else getattr(torch, self._dtype)},
-            )
-        model.eval()
-        self._refuse(model)
-        return model
-
-    def _refuse(self, model: Any) -> None:
-        name = f"model '{self.source.name}'"
-        if model.num_labels != 1:
-            raise InputError(
-                f"{name} has {model.num_labels} outputs; a cross-encoder teacher has one "
-                "(fine-tune one with: retrieval-kd train students/cross-encoder-pydocs.yaml …)"
-            )
-        if model[0].transformer_task != "sequence-classification" or "message" in model[0].modality_config:
-            raise InputError(f"{name} is a language model that is asked for an answer; use kind: llm-pointwise")
-        if missing := _missing_weights(type(model[0].model), self.source.path):
-            raise InputError(
-                f"{name} is no trained cross-encoder: its files lack {len(missing)} weights (first: {missing[0]}), "
-                "which would be random; fine-tune it (retrieval-kd train students/cross-encoder-pydocs.yaml …)"
-            )
-        if model.tokenizer.pad_token_id is None:
-            raise InputError(
-                f"{name} has no padding token, so that its pairs cannot share a batch; save a copy whose tokenizer "
-                "has a pad_token and whose config has its pad_token_id"
-            )
-        length, positions = self.recipe.max_length, _positions(model)
-        if length is not None and positions is not None and length > positions:
-            raise InputError(
-                f"{name} has {positions} positions, but max_length is {length}; set max_length={positions}"
-            )
+        return load_cross_encoder(
+            self.source,
+            max_length=self.recipe.max_length,
+            device=None if self.recipe.backend == "torch" else "cpu",
+            dtype="float32" if self._dtype == "int8" else self._dtype,
+            own_networks=self.recipe.backend == "torch",
+        )
 
     @cached_property
     def _limit(self) -> int | None:
-        """Tokens of a pair that the model reads; None without a limit (tokenizers then say a huge number)."""
-        limits = [limit for limit in (self._model.max_seq_length, _positions(self._model)) if limit is not None]
-        limit = min(limits, default=None)
-        return None if limit is None or limit > 10**9 else int(limit)
-
-    @property
-    def _prompt(self) -> str:
-        """What `CrossEncoder.predict` would put before each query."""
-        return (self._model.prompts or {}).get(self._model.default_prompt_name) or ""
+        return pair_limit(self._model)
 
     @cached_property
     def _forward(self) -> Forward:
@@ -209,9 +170,12 @@ class CrossEncoderTeacher(Teacher):
         self, forward: Forward, queries: Sequence[str], documents: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Raw logits float32 [n] of pairs, and the tokens int32 [n] that were cut off each."""
-        pairs, lost = _tokenize(
-            self._model.tokenizer, [self._prompt + query for query in queries], documents, self._limit
-        )
+        prompt = query_prompt(self._model)
+        queries = [prompt + query for query in queries]
+        if cut_apart := getattr(self._model[0], "tokenize_pairs", None):  # a network of this package
+            pairs, lost = cut_apart(queries, documents)
+        else:
+            pairs, lost = _tokenize(self._model.tokenizer, queries, documents, self._limit)
         logits = np.empty(len(pairs), dtype=np.float32)
         for batch in token_batches([len(pair["input_ids"]) for pair in pairs], self._budget):
             padded = self._model.tokenizer.pad([pairs[i] for i in batch], return_tensors="pt")
@@ -236,11 +200,11 @@ class CrossEncoderTeacher(Teacher):
         draft.mkdir(parents=True)
         example = self._model.tokenizer(["a", "a b"], ["c", "d"], padding=True, return_tensors="pt")
         if self.recipe.backend == "onnx":
-            export_onnx(_scores_only(self._model), example, draft / "model.onnx", output="scores")
+            export_onnx(scores_only(self._model), example, draft / "model.onnx", output="scores")
         else:
             whole = draft / "float32"
             whole.mkdir()
-            export_onnx(_scores_only(self._model), example, whole / "model.onnx", output="scores")
+            export_onnx(scores_only(self._model), example, whole / "model.onnx", output="scores")
             quantize_int8(whole / "model.onnx", draft / "model.onnx")
             shutil.rmtree(whole)
         by_onnx, _ = self._logits(OnnxSession(draft / "model.onnx"), queries, documents)
@@ -281,18 +245,6 @@ def _tokenize(
     return pairs, lost
 
 
-def _positions(model: Any) -> int | None:
-    """How many tokens a model with a table of positions can read; None when it has no table."""
-    import torch
-
-    for module in model.modules():
-        table = getattr(module, "position_embeddings", None)
-        if isinstance(table, torch.nn.Embedding):
-            # RoBERTa and its kin count positions from behind the padding index.
-            return int(table.num_embeddings) - (0 if table.padding_idx is None else table.padding_idx + 1)
-    return None
-
-
 def _some_pairs(job: ScoringJob, n: int) -> tuple[list[str], list[str]]:
     """Up to ``n`` (query, document) pairs, evenly spread over the candidates."""
     ends = np.cumsum([len(query.rows) for query in job.candidates])
@@ -300,32 +252,3 @@ def _some_pairs(job: ScoringJob, n: int) -> tuple[list[str], list[str]]:
     owners = np.searchsorted(ends, chosen, side="right")
     rows = [job.candidates[i].rows[position - ends[i]] for i, position in zip(owners, chosen, strict=True)]
     return [job.candidates[i].text for i in owners], job.collection.documents.texts(np.asarray(rows))
-
-
-def _scores_only(model: Any) -> nn.Module:
-    """A module that gives a `CrossEncoder`'s scores [B, 1] as a tensor instead of in a dictionary."""
-    import torch
-
-    class ScoresOnly(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, features: dict[str, Tensor]) -> Tensor:
-            scores: Tensor = self.model(dict(features))["scores"]
-            return scores
-
-    return ScoresOnly()
-
-
-def _missing_weights(network: Any, path: Path) -> list[str]:
-    """The weights of a ``network`` class that a directory does not hold; nothing is loaded to find out."""
-    from transformers.utils import logging
-
-    shown = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        _, report = network.from_pretrained(path, num_labels=1, output_loading_info=True, device_map={"": "meta"})
-    finally:
-        logging.set_verbosity(shown)
-    return sorted(report["missing_keys"])

@@ -1,18 +1,23 @@
-"""What the language-model teachers share: the model, its prompt, and what the manifest says of both."""
+"""What the language-model teachers share: the model, its prompt, and what the manifest says, what never fits."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 from pydantic import Field
 
 from retrieval_kd.artifact import InputRef
+from retrieval_kd.errors import InputError, first
 from retrieval_kd.models.language_model import LanguageModel, Precision
 from retrieval_kd.models.load import ModelSource, find_model
-from retrieval_kd.teachers.base import ModelTeacherRecipe, Teacher
-from retrieval_kd.teachers.prompts import Prompt, PromptedRecipe
+from retrieval_kd.models.prompts import Prompt
+from retrieval_kd.teachers.base import Candidates, ModelTeacherRecipe, ScoringJob, Teacher
+from retrieval_kd.teachers.prompted import PromptedRecipe
+
+_QUERIES_AT_ONCE = 256
 
 
 class LLMRecipe(PromptedRecipe, ModelTeacherRecipe):
@@ -62,3 +67,28 @@ class LLMTeacher(Teacher):
             "prompt": self.recipe.prompt,
             "prompt_sha256": self.prompt.sha256,
         }
+
+
+def refuse_long_queries(job: ScoringJob, excess: Callable[[Sequence[Candidates]], Sequence[int]]) -> None:
+    """Raises `InputError` when queries of ``job`` cannot be asked about, however much is cut off their documents.
+
+    ``excess`` gives for each query by how many tokens its prompt with empty documents is too long; 0 or less fits.
+    A run is looked through once: its resumes and its other workers find that in ``job.work``, and need no model for it.
+    """
+    looked_through = job.work / "queries-fit"
+    if looked_through.exists():
+        return
+    too_long: list[str] = []
+    most = 0
+    for start in range(0, len(job.candidates), _QUERIES_AT_ONCE):
+        queries = job.candidates[start : start + _QUERIES_AT_ONCE]
+        for query, over in zip(queries, excess(queries), strict=True):
+            if over > 0:
+                too_long.append(query.query_id)
+                most = max(most, over)
+    if too_long:
+        raise InputError(
+            f"{len(too_long)} queries do not fit into max_length even with empty documents, by up to {most} tokens: "
+            f"{first(too_long)}; raise max_length, shorten or leave out these queries, or show fewer documents at once"
+        )
+    looked_through.touch()

@@ -18,10 +18,10 @@ from pydantic import Field, model_validator
 from retrieval_kd.errors import InputError
 from retrieval_kd.models.decoding import NOT_FINITE
 from retrieval_kd.models.language_model import LanguageModel
+from retrieval_kd.models.window_prompts import WindowPrompts
 from retrieval_kd.teachers.base import Candidates, Scored, ScoringJob
-from retrieval_kd.teachers.llm import LLMRecipe, LLMTeacher
-from retrieval_kd.teachers.prompt_fitting import fit_prompts, refuse_long_queries
-from retrieval_kd.teachers.prompts import prompt_of
+from retrieval_kd.teachers.llm import LLMRecipe, LLMTeacher, refuse_long_queries
+from retrieval_kd.teachers.prompted import prompt_of
 from retrieval_kd.teachers.windows import Window, WindowKeys, parse_permutation, rank_scores
 
 
@@ -82,18 +82,16 @@ class LLMListwiseTeacher(LLMTeacher):
         """
         queries = [self.model.ordinary(query.text) for query in shard]
         texts = [[self.model.ordinary(text) for text in of_query] for of_query in texts]
-        passages = [[self._cut_words(text) for text in of_query] for of_query in texts]
-        by_words = [self._tokens_of_words_lost(of_query) for of_query in texts]
+        passages = [[self._prompts.passage(text) for text in of_query] for of_query in texts]
+        by_words = [self._prompts.tokens_of_words_lost(of_query) for of_query in texts]
         by_windows = [np.zeros(len(of_query), dtype=np.int32) for of_query in texts]
         counts: Counter[str] = Counter()
 
         def order_windows(windows: list[Window]) -> list[list[int]]:
-            fitted = fit_prompts(
-                self.model,
-                lambda i, shown: self.prompt.listwise(queries[windows[i].list], shown),
+            fitted = self._prompts.fitted(
+                [queries[window.list] for window in windows],
                 [[passages[window.list][member] for member in window.members] for window in windows],
                 max_length=self._prompt_length,
-                answer_start=self._answer_start,
                 names=[f"query '{shard[window.list].query_id}'" for window in windows],
             )
             for window, lost in zip(windows, fitted.tokens_lost, strict=True):
@@ -113,22 +111,9 @@ class LLMListwiseTeacher(LLMTeacher):
 
     def _excess(self, queries: Sequence[Candidates]) -> list[int]:
         """By how many tokens each query's largest window is too long without the texts of its passages."""
-        prompts = [
-            self.prompt.listwise(self.model.ordinary(query.text), [""] * min(self.recipe.window, len(query.rows)))
-            for query in queries
-        ]
-        return [len(ids) - self._prompt_length for ids in self.model.tokenize(prompts, self._answer_start)]
-
-    def _cut_words(self, text: str) -> str:
-        return " ".join(text.split()[: self.prompt.passage_words])
-
-    def _tokens_of_words_lost(self, texts: Sequence[str]) -> np.ndarray:
-        lost = np.zeros(len(texts), dtype=np.int32)
-        long = [i for i, text in enumerate(texts) if len(text.split()) > (self.prompt.passage_words or np.inf)]
-        whole = self.model.token_ends([" ".join(texts[i].split()) for i in long])
-        kept = self.model.token_ends([self._cut_words(texts[i]) for i in long])
-        lost[long] = [len(before) - len(after) for before, after in zip(whole, kept, strict=True)]
-        return lost
+        texts = [self.model.ordinary(query.text) for query in queries]
+        sizes = [min(self.recipe.window, len(query.rows)) for query in queries]
+        return [length - self._prompt_length for length in self._prompts.lengths_without_texts(texts, sizes)]
 
     def _by_logits(self, prompts: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[list[int]]:
         logits = self.model.next_token_logits(prompts, self._identifier_tokens, self.recipe.batch_tokens)
@@ -148,45 +133,39 @@ class LLMListwiseTeacher(LLMTeacher):
         if self.recipe.constrained:
             return [rule.order for rule in rules], 0
         parsed = [
-            parse_permutation(self._answer_start + answer, self._names[:size])
+            parse_permutation(self._prompts.answer_start + answer, self._names[:size])
             for answer, size in zip(answers, sizes, strict=True)
         ]
         return [order for order, _ in parsed], sum(repaired for _, repaired in parsed)
 
     @cached_property
-    def _answer_start(self) -> str:
-        """What every answer begins with: ``[``, but for a free answer and for an encoder-decoder."""
-        start = self.prompt.answer_start
-        if start.endswith("[") or not self.recipe.constrained or self.model.encoder_decoder:
-            return start
-        return start + "["
-
-    @cached_property
-    def _before(self) -> str:
-        """The text of some prompt, behind which identifiers are tokenized."""
-        return self.model.rendered(self.prompt.listwise("", ["", ""]), self._answer_start)
+    def _prompts(self) -> WindowPrompts:
+        """Answers begin with ``[``, but for free answers and for an encoder-decoder."""
+        return WindowPrompts(
+            self.model, self.prompt, bracket=self.recipe.constrained and not self.model.encoder_decoder
+        )
 
     @cached_property
     def _identifier_tokens(self) -> list[int]:
         mend = "take a prompt with identifiers: letters and at most 26 passages, or decoding: permutation"
-        return [self.model.answer_token(self._before, name, mend) for name in self._names]
+        return self._prompts.identifier_tokens(self._names, mend)
 
     @cached_property
     def _first(self) -> list[list[int]]:
         """The tokens of each identifier at the beginning of an answer."""
-        return [self.model.continuation(self._before, self._beginning(name)) for name in self._names]
+        return [self.model.continuation(self._prompts.before, self._beginning(name)) for name in self._names]
 
     @cached_property
     def _later(self) -> list[list[int]]:
         """The tokens of each identifier further on, with those that separate it from the one before."""
-        before = self._before + self._beginning(self._names[0])
+        before = self._prompts.before + self._beginning(self._names[0])
         tokens = [self.model.continuation(before, f" > [{name}]") for name in self._names]
         if len({tuple(of_name) for of_name in tokens}) < len(tokens):
             raise InputError(f"identifiers look the same to the tokenizer of model '{self.source.name}'; use letters")
         return tokens
 
     def _beginning(self, name: str) -> str:
-        return f"{name}]" if self._answer_start.endswith("[") else f"[{name}]"
+        return f"{name}]" if self._prompts.answer_start.endswith("[") else f"[{name}]"
 
     @cached_property
     def _answer_tokens(self) -> int:

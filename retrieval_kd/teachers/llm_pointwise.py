@@ -15,10 +15,10 @@ from pydantic import Field
 
 from retrieval_kd.errors import InputError, RecipeError
 from retrieval_kd.models.language_model import LanguageModel, PromptText
+from retrieval_kd.models.prompt_fitting import fit_prompts
 from retrieval_kd.teachers.base import Candidates, Scored, ScoringJob
-from retrieval_kd.teachers.llm import LLMRecipe, LLMTeacher
-from retrieval_kd.teachers.prompt_fitting import fit_prompts, refuse_long_queries
-from retrieval_kd.teachers.prompts import prompt_of
+from retrieval_kd.teachers.llm import LLMRecipe, LLMTeacher, refuse_long_queries
+from retrieval_kd.teachers.prompted import prompt_of
 
 
 class LLMPointwiseTeacher(LLMTeacher):

@@ -14,9 +14,9 @@ from faulty_server import FaultyServer
 from tiny_api import KEY, assert_scores, document, made, prepared, query, reply
 
 from retrieval_kd.data.collection import Collection
+from retrieval_kd.models.api.client import EndpointError
+from retrieval_kd.models.api.reply import read_reply
 from retrieval_kd.teachers.api.answers import AnswerError, grade, log_odds, order
-from retrieval_kd.teachers.api.client import EndpointError
-from retrieval_kd.teachers.api.reply import read_reply
 from retrieval_kd.teachers.api.teacher import ApiTeacher
 from retrieval_kd.teachers.base import Candidates
 

@@ -20,7 +20,7 @@ from tiny_api import KEY, assert_scores, document, made, prepared, query
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.data.scores import Scores
 from retrieval_kd.errors import RetrievalKDError
-from retrieval_kd.teachers.api.client import EndpointError, RefusedError
+from retrieval_kd.models.api.client import EndpointError, RefusedError
 from retrieval_kd.teachers.base import Candidates
 from retrieval_kd.teachers.score import score
 

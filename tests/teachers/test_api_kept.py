@@ -19,9 +19,9 @@ from tiny_api import KEY, assert_scores, document, made, prepared, query
 
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.errors import ArtifactError
-from retrieval_kd.teachers.api.cache import AnswerCache
-from retrieval_kd.teachers.api.reply import Reply
-from retrieval_kd.teachers.api.usage import Budget, BudgetError, Ledger, Price, Tokens
+from retrieval_kd.models.api.cache import AnswerCache
+from retrieval_kd.models.api.reply import Reply
+from retrieval_kd.models.api.usage import Budget, BudgetError, Ledger, Price, Tokens
 from retrieval_kd.teachers.base import Candidates
 from retrieval_kd.teachers.score import score
 

@@ -22,7 +22,7 @@ from tiny_api import KEY, assert_scores, document, made, prepared, query
 
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.errors import RetrievalKDError
-from retrieval_kd.teachers.api.usage import Budget, BudgetError, Ledger, Tokens
+from retrieval_kd.models.api.usage import Budget, BudgetError, Ledger, Tokens
 from retrieval_kd.teachers.score import score
 
 WORST = Tokens(60, 0)

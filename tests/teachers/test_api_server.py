@@ -12,9 +12,9 @@ import tiny_chat
 from tiny_api import assert_scores
 
 from retrieval_kd.data.collection import Collection
+from retrieval_kd.models.api.client import EndpointError
 from retrieval_kd.recipe import validate
 from retrieval_kd.teachers.api.answers import AnswerError
-from retrieval_kd.teachers.api.client import EndpointError
 from retrieval_kd.teachers.api.recipe import ApiRecipe
 from retrieval_kd.teachers.api.teacher import ApiTeacher
 from retrieval_kd.teachers.base import Candidates, ScoringJob

@@ -178,7 +178,7 @@ def test_models_that_cannot_be_this_teacher(collection: Collection, cross_encode
         with pytest.raises(InputError, match=message):
             teacher(model, **keys).score(*shard_of(collection))
 
-    refused(tiny.make_cross_encoder(tmp_path / "two", outputs=2), "has 2 outputs; a cross-encoder teacher has one")
+    refused(tiny.make_cross_encoder(tmp_path / "two", outputs=2), "has 2 outputs; a cross-encoder that ranks has one")
     refused(cross_encoder, "has 64 positions, but max_length is 65; set max_length=64", max_length=65)
     for name, change in (("chat", {"chat_template": "{{ messages[0]['content'] }}"}), ("padless", {"pad_token": None})):
         shutil.copytree(cross_encoder, tmp_path / name)

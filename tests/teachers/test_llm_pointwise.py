@@ -12,7 +12,7 @@ import tiny_language_models as lm
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.errors import InputError, RecipeError
 from retrieval_kd.recipe import validate
-from retrieval_kd.teachers import prompt_fitting
+from retrieval_kd.teachers import llm
 from retrieval_kd.teachers.base import Candidates, ScoringJob
 from retrieval_kd.teachers.llm_pointwise import LLMPointwiseTeacher
 
@@ -121,7 +121,7 @@ def test_queries_that_leave_no_room_stop_the_run_before_the_first_shard(
     causal: Path, prompt: str, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At 16 tokens a query of 10 words fits; q1 to q4 have 11 to 14. Two are looked at together."""
-    monkeypatch.setattr(prompt_fitting, "_QUERIES_AT_ONCE", 2)
+    monkeypatch.setattr(llm, "_QUERIES_AT_ONCE", 2)
     queries = [Candidates(f"q{i}", " ".join(tiny.WORDS[: 10 + i]), np.arange(1)) for i in range(5)]
     made = teacher(causal, prompt, max_length=16)
     for _ in range(2):

@@ -7,8 +7,9 @@ import pytest
 import tiny
 
 from retrieval_kd.errors import RecipeError
+from retrieval_kd.models.prompts import Prompt, load_prompt
 from retrieval_kd.teachers.base import ModelTeacherRecipe
-from retrieval_kd.teachers.prompts import Prompt, PromptedRecipe, load_prompt, prompt_of
+from retrieval_kd.teachers.prompted import PromptedRecipe, prompt_of
 
 POINTWISE = {"kind": "pointwise", "text": "{query} {document}", "positive": "yes", "negative": "no"}
 LISTWISE = {"kind": "listwise", "text": "{query}\n{passages}"}

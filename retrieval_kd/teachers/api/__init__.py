@@ -1,1 +1,1 @@
-"""A model behind an OpenAI-compatible endpoint as teacher: requests, retries, a cache of answers, a budget."""
+"""A model behind an OpenAI-compatible endpoint as teacher: log-odds, grades or ranks."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from retrieval_kd.teachers.api.reply import Reply
+from retrieval_kd.models.api.reply import Reply, without_thoughts
 from retrieval_kd.teachers.windows import parse_permutation
 
 UNLIKELY = -9999.0
@@ -76,11 +76,6 @@ def order(reply: Reply, identifiers: Sequence[str], answer_start: str = "") -> O
     if not any(re.search(rf"\[\s*{re.escape(name)}\s*\]", answer) for name in identifiers):
         return None
     return Order(*parse_permutation(answer, identifiers))
-
-
-def without_thoughts(content: str) -> str:
-    """What follows the last ``</think>`` (its beginning may have been in the prompt), up to a thought that was cut."""
-    return content.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def _same(token: str, answer: str) -> bool:

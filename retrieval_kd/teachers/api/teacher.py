@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from retrieval_kd.artifact import InputRef
-from retrieval_kd.data.sources import cache_directory
+from retrieval_kd.models.api.cache import AnswerCache
+from retrieval_kd.models.api.client import Client, EndpointError
+from retrieval_kd.models.api.endpoint import cut_words
+from retrieval_kd.models.api.questions import Outcome, Question, ask_all
+from retrieval_kd.models.prompts import load_prompt
 from retrieval_kd.teachers.api.answers import AnswerError, Order, PairScore, grade, log_odds, order
-from retrieval_kd.teachers.api.cache import AnswerCache
-from retrieval_kd.teachers.api.client import Client, EndpointError, Retrying, read_key
-from retrieval_kd.teachers.api.questions import Outcome, Question, ask_all
 from retrieval_kd.teachers.api.recipe import ApiRecipe
-from retrieval_kd.teachers.api.usage import Budget, Ledger
 from retrieval_kd.teachers.base import Candidates, Scored, ScoringJob, Teacher
-from retrieval_kd.teachers.prompts import load_prompt
 from retrieval_kd.teachers.windows import Window, rank_scores
 
 T = TypeVar("T")
@@ -60,8 +57,7 @@ class ApiTeacher(Teacher):
 
     def ref(self) -> InputRef:
         """The model at its endpoint, by name: its weights cannot be seen."""
-        name = f"{self.recipe.model}@{self.recipe.base_url}"
-        return InputRef(hashlib.sha256(name.encode()).hexdigest(), name=name)
+        return self.recipe.model_ref()
 
     def details(self) -> dict[str, Any]:
         """Model, endpoint, the models that answered, prompt and its hash, and what the run has used."""
@@ -84,23 +80,16 @@ class ApiTeacher(Teacher):
     @cached_property
     def client(self) -> Client:
         """The endpoint. Without `prepare` before, what is used of it is recorded in memory only."""
-        recipe = self.recipe
-        read_key(recipe.key_env, recipe.base_url)  # an error comes before the record of usage is written
-        budget = Budget(recipe.budget, recipe.budget_tokens, recipe.price_per_million)
-        path = ":memory:" if self._job is None else self._job.work / "usage.sqlite"
-        ledger = Ledger(path, budget, patience_s=recipe.timeout_s * (recipe.retries + 1))
-        retrying = Retrying(recipe.timeout_s, recipe.retries, recipe.max_wait_s)
-        return Client(recipe.base_url, recipe.key_env, retrying, ledger)
+        return self.recipe.open_client(None if self._job is None else self._job.work)
 
     @cached_property
     def cache(self) -> AnswerCache:
         """The answers of this endpoint and model."""
-        folder = Path(self.recipe.cache) if self.recipe.cache else cache_directory().parent / "api"
-        return AnswerCache(folder / f"{self.ref().fingerprint[:16]}.sqlite")
+        return self.recipe.open_cache()
 
     def score(self, shard: Sequence[Candidates], texts: Sequence[Sequence[str]]) -> Scored:
         """Log-odds, grades or minus ranks. Counts are added when the whole shard has its scores."""
-        cut = [[_cut(text, self._most_words) for text in documents] for documents in texts]
+        cut = [[cut_words(text, self._most_words) for text in documents] for documents in texts]
         shown = [[text for text, _ in documents] for documents in cut]
         lost = [np.array([words for _, words in documents], dtype=np.int32) for documents in cut]
         score = self._score_pairs if self.prompt.kind == "pointwise" else self._score_lists
@@ -160,7 +149,9 @@ class ApiTeacher(Teacher):
             request = recipe.asked(rendered, about, answer_start=prompt.answer_start, max_tokens=16)
             return Question(request, lambda reply: grade(reply, low, high), reminder)
         positive, negative = str(prompt.positive), str(prompt.negative)
-        request = recipe.asked(rendered, about, answer_start=prompt.answer_start, max_tokens=1, logprobs=True)
+        request = recipe.asked(
+            rendered, about, answer_start=prompt.answer_start, max_tokens=1, top_logprobs=recipe.top_logprobs
+        )
         return Question(request, lambda reply: log_odds(reply, positive, negative))
 
     def _window(self, query: Candidates, passages: Sequence[str]) -> Question[Order]:
@@ -200,11 +191,3 @@ class ApiTeacher(Teacher):
     @property
     def _most_words(self) -> int | None:
         return self.recipe.max_passage_words or self.prompt.passage_words
-
-
-def _cut(text: str, most_words: int | None) -> tuple[str, int]:
-    """A text's first words, and how many were left out."""
-    words = text.split()
-    if most_words is None or len(words) <= most_words:
-        return text, 0
-    return " ".join(words[:most_words]), len(words) - most_words

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from retrieval_kd.errors import ArtifactError, RetrievalKDError
-from retrieval_kd.teachers.api.reply import Reply
+from retrieval_kd.models.api.reply import Reply
 
 FORMAT = 1
 

@@ -18,8 +18,8 @@ from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 from retrieval_kd.errors import InputError, MissingExtraError, RetrievalKDError
-from retrieval_kd.teachers.api.reply import Reply, read_reply, without_key
-from retrieval_kd.teachers.api.usage import Ledger, Tokens
+from retrieval_kd.models.api.reply import Reply, read_reply, without_key
+from retrieval_kd.models.api.usage import Ledger, Tokens
 
 log = logging.getLogger("retrieval_kd")
 

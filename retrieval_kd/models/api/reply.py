@@ -40,6 +40,11 @@ def read_reply(raw: Any) -> Reply:
     )
 
 
+def without_thoughts(content: str) -> str:
+    """What follows the last ``</think>`` (its beginning may have been in the prompt), up to a thought that was cut."""
+    return content.rpartition("</think>")[2].partition("<think>")[0]
+
+
 def without_key(value: Any, key: str | None) -> Any:
     """A text, or decoded JSON, in which ``[key]`` stands for the key, as it is or with its characters escaped."""
     if key is None or len(key) < _SECRET:

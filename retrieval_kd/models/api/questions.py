@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from typing import Generic, NamedTuple, TypeVar
 
-from retrieval_kd.teachers.api.cache import AnswerCache
-from retrieval_kd.teachers.api.client import Client, EndpointError, Request
-from retrieval_kd.teachers.api.reply import Reply
+from retrieval_kd.models.api.cache import AnswerCache
+from retrieval_kd.models.api.client import Client, EndpointError, Request
+from retrieval_kd.models.api.reply import Reply
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Making prompts fit: their documents are cut, the rest of a prompt never is, and what can never fit is said early."""
+"""Making prompts fit: their documents are cut, the rest of a prompt never is."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from retrieval_kd.errors import InputError, first
+from retrieval_kd.errors import InputError
 from retrieval_kd.models.language_model import LanguageModel, PromptText
-from retrieval_kd.teachers.base import Candidates, ScoringJob
-
-_QUERIES_AT_ONCE = 256
 
 
 class Fitted(NamedTuple):
@@ -67,31 +64,6 @@ def fit_prompts(
             tokens[i] = ids
         too_long = [i for i in too_long if len(tokens[i]) > max_length]
     return Fitted(tokens, lost)
-
-
-def refuse_long_queries(job: ScoringJob, excess: Callable[[Sequence[Candidates]], Sequence[int]]) -> None:
-    """Raises `InputError` when queries of ``job`` cannot be asked about, however much is cut off their documents.
-
-    ``excess`` gives for each query by how many tokens its prompt with empty documents is too long; 0 or less fits.
-    A run is looked through once: its resumes and its other workers find that in ``job.work``, and need no model for it.
-    """
-    looked_through = job.work / "queries-fit"
-    if looked_through.exists():
-        return
-    too_long: list[str] = []
-    most = 0
-    for start in range(0, len(job.candidates), _QUERIES_AT_ONCE):
-        queries = job.candidates[start : start + _QUERIES_AT_ONCE]
-        for query, over in zip(queries, excess(queries), strict=True):
-            if over > 0:
-                too_long.append(query.query_id)
-                most = max(most, over)
-    if too_long:
-        raise InputError(
-            f"{len(too_long)} queries do not fit into max_length even with empty documents, by up to {most} tokens: "
-            f"{first(too_long)}; raise max_length, shorten or leave out these queries, or show fewer documents at once"
-        )
-    looked_through.touch()
 
 
 def equal_limit(lengths: np.ndarray, total: int) -> int:

@@ -1,4 +1,4 @@
-"""Prompts of language-model teachers: YAML files under ``teachers/prompts/``, checked, rendered and hashed.
+"""Prompts that language models rank by: YAML files under ``teachers/prompts/``, checked, rendered and hashed.
 
 A prompt is raw ``text`` for the tokenizer, or chat ``messages``. Placeholders are ``{query}``, ``{document}`` and
 ``{instruction}`` in a pointwise prompt; ``{query}``, ``{number}`` and ``{passages}`` in a listwise one, whose
@@ -13,14 +13,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
 
 from retrieval_kd.errors import RecipeError, did_you_mean
 from retrieval_kd.recipe import Section, recipe_roots, validate
-from retrieval_kd.teachers.base import TeacherRecipe
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]+)\}")
@@ -152,18 +151,6 @@ class Prompt(Section):
         return turns
 
 
-class PromptedRecipe(TeacherRecipe):
-    """The keys of a teacher that is asked by a prompt."""
-
-    prompt: str
-    """The name of a file in ``teachers/prompts/``, or a path."""
-    instruction: str | None = None
-
-    def identity(self) -> dict[str, Any]:
-        """The recipe and the content of its prompt."""
-        return super().identity() | {"prompt_sha256": load_prompt(self.prompt).sha256}
-
-
 def load_prompt(name: str) -> Prompt:
     """The prompt called ``name`` (``qwen3-reranker``) or in the file ``name``. Raises `RecipeError` naming the file."""
     shipped = {
@@ -181,13 +168,11 @@ def load_prompt(name: str) -> Prompt:
     return validate(Prompt, raw, str(path))
 
 
-def prompt_of(recipe: PromptedRecipe, kind: Literal["pointwise", "listwise"]) -> Prompt:
-    """The recipe's prompt. Raises `RecipeError` when it is of another kind, or has no place for the instruction."""
-    prompt = load_prompt(recipe.prompt)
-    if prompt.kind != kind:
-        raise RecipeError(f"prompt '{recipe.prompt}' is {prompt.kind}; kind {recipe.kind} needs a {kind} prompt")
-    if recipe.instruction is not None and not prompt.takes_instruction:
-        raise RecipeError(f"prompt '{recipe.prompt}' has no {{instruction}}; leave the recipe's instruction: out")
+def prompt_for(kind: str, name: str, needed: Literal["pointwise", "listwise"]) -> Prompt:
+    """The prompt called ``name`` for a recipe of ``kind``. Raises `RecipeError` when it is not the kind ``needed``."""
+    prompt = load_prompt(name)
+    if prompt.kind != needed:
+        raise RecipeError(f"prompt '{name}' is {prompt.kind}; kind {kind} needs a {needed} prompt")
     return prompt
 
 

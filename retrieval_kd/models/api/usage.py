@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from pydantic import Field
 
 from retrieval_kd.errors import RetrievalKDError
+from retrieval_kd.models.api.cache import connect, readable
 from retrieval_kd.recipe import Section
-from retrieval_kd.teachers.api.cache import connect, readable
 
 _COUNTERS = ("requests", "retried", "cached_answers", "estimated", "prompt_tokens", "completion_tokens")
 _POLL_S = 0.1

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible endpoint over HTTP: requests, retries, a cache of answers, a budget."""
