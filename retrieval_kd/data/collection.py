@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from retrieval_kd.artifact import Artifact
+from retrieval_kd.data.query_origins import QueryOrigin, origin_problems, read_origins
 from retrieval_kd.errors import DataError, InputError, first
 
 ALL = "all"
@@ -48,15 +49,29 @@ class Collection(Artifact):
         """The names of the splits that have qrels."""
         return list(self.manifest.details["splits"])
 
+    @property
+    def unjudged_splits(self) -> list[str]:
+        """The names of the splits that have synthetic queries and no qrels."""
+        return list(self.manifest.details.get("unjudged_splits", ()))
+
+    @cached_property
+    def origins(self) -> list[QueryOrigin]:
+        """Where each synthetic query comes from; empty for a collection without any."""
+        return read_origins(self.path)
+
     def queries(self, split: str) -> dict[str, str]:
-        """Query id → text of the queries judged in ``split``, in the source's order; ``all`` is every query.
+        """Query id → text of the queries of ``split`` (those it judges, where it has qrels), in the source's order;
+        ``all`` is every query.
 
         Raises `InputError` for an unknown split.
         """
         if split == ALL:
             return dict(self._queries)
-        judged = set(self._qrels_table(split)["query_id"].to_pylist())
-        return {query_id: text for query_id, text in self._queries.items() if query_id in judged}
+        if split in self.unjudged_splits:
+            members = {origin.query_id for origin in self.origins if origin.split == split}
+        else:
+            members = set(self._qrels_table(split)["query_id"].to_pylist())
+        return {query_id: text for query_id, text in self._queries.items() if query_id in members}
 
     def qrels(self, split: str) -> dict[str, dict[str, int]]:
         """Query id → document id → relevance of ``split``; 0 is judged not relevant.
@@ -86,7 +101,7 @@ class Collection(Artifact):
         for name, count in counts.items():
             if self.manifest.counts.get(name) != count:
                 found.append(f"{name}: {count} on disk, {self.manifest.counts.get(name)} in the manifest")
-        return found
+        return found + origin_problems(self)
 
     @cached_property
     def _queries(self) -> dict[str, str]:
@@ -96,8 +111,14 @@ class Collection(Artifact):
     def _qrels_table(self, split: str) -> Any:
         import pyarrow.parquet as pq
 
+        if split in self.unjudged_splits:
+            raise InputError(
+                f"{self.path}: split '{split}' has queries and no qrels; let a teacher say what is relevant "
+                "(groups: {positive: teacher}), or name a split with qrels"
+            )
         if split not in self.splits:
-            have = f"its splits: {', '.join(self.splits)}" if self.splits else "it has no judged split"
+            splits = [*self.splits, *self.unjudged_splits]
+            have = f"its splits: {', '.join(splits)}" if splits else "it has no judged split"
             raise InputError(f"{self.path}: no split '{split}' ({have}; '{ALL}' for every query)")
         return pq.read_table(self.path / "qrels" / f"{split}.parquet", memory_map=True, partitioning=None)
 

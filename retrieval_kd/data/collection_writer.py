@@ -98,9 +98,9 @@ def write_collection(source: Source, out: Path, *, sample: int | None = None, fo
             splits = {split: _sampled(qrels, limit) for split, qrels in splits.items()}
             judged = {query_id for qrels in splits.values() for query_id in qrels}
             queries = {query_id: text for query_id, text in queries.items() if query_id in judged}
-        _write_queries(draft, queries)
+        write_queries(draft, queries)
         for split, qrels in splits.items():
-            _write_qrels(draft, split, qrels)
+            write_qrels(draft, split, qrels)
         draft.details.update({"splits": list(splits), **source.details()})
     return Collection.load(out)
 
@@ -275,7 +275,8 @@ def _sampled(qrels: Qrels, limit: int) -> Qrels:
     return {query_id: judged for query_id, judged in kept.items() if any(value > 0 for value in judged.values())}
 
 
-def _write_queries(draft: Draft, queries: Mapping[str, str]) -> None:
+def write_queries(draft: Draft, queries: Mapping[str, str]) -> None:
+    """Writes and counts the queries (id → text) of a collection's draft."""
     import pyarrow as pa
 
     schema = pa.schema([("id", pa.string()), ("text", pa.string())])
@@ -288,7 +289,8 @@ def _write_queries(draft: Draft, queries: Mapping[str, str]) -> None:
     draft.counts["empty_queries"] = sum(not text.strip() for text in queries.values())
 
 
-def _write_qrels(draft: Draft, split: str, qrels: Qrels) -> None:
+def write_qrels(draft: Draft, split: str, qrels: Qrels) -> None:
+    """Writes and counts the judgements of one split of a collection's draft."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
