@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -30,10 +30,21 @@ class IndexRecipe(Recipe):
 
 @dataclass(frozen=True)
 class Source:
-    """What an index is built from: the vectors of a dense index, the collection of a text index."""
+    """What an index is built from: vectors, or the collection of a text index."""
 
     collection: Collection | None = None
     vectors: Vectors | None = None
+
+
+class Shape(NamedTuple):
+    """What vectors are like before an index is built of them: how long, and the mean entries of one.
+
+    An entry is a term of a sparse vector, a token of a text, or the one vector of a dense layout.
+    """
+
+    dimension: int
+    entries: float = 1.0
+    bytes_per_number: int = 4
 
 
 class Index(Artifact):
@@ -43,7 +54,7 @@ class Index(Artifact):
 
     Recipe: ClassVar[type[IndexRecipe]] = IndexRecipe
     takes: ClassVar[str] = ""
-    """What a query is: ``text`` (a string) or ``dense`` (a vector of the index's model)."""
+    """What a query is: ``text`` (a string), or the layout of its vectors: ``dense``, ``sparse``, ``multi-vector``."""
 
     @classmethod
     def load(cls, path: str | Path, *, verify: bool = True, search: Mapping[str, Any] | None = None) -> Self:
@@ -68,8 +79,8 @@ class Index(Artifact):
         raise NotImplementedError
 
     @classmethod
-    def estimate(cls, recipe: Any, source: Collection | int) -> tuple[float, int]:
-        """Bytes a document and bytes besides, without building, for a text collection or vectors of a dimension."""
+    def estimate(cls, recipe: Any, source: Collection | Shape) -> tuple[float, int]:
+        """Bytes a document and bytes besides, without building, for a text collection or vectors of a shape."""
         raise NotImplementedError
 
     def open(self, recipe: Any, search: Any) -> None:
@@ -79,8 +90,9 @@ class Index(Artifact):
     def search(self, queries: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores [Q, k] float32 and rows [Q, k] int64 in the fixed order; no hit is row -1 with score -inf.
 
-        ``queries`` are strings for ``takes == "text"`` and a float32 array [Q, d] for ``takes == "dense"``.
-        Safe to call from several threads at once.
+        ``queries`` are strings for ``takes == "text"``, a float32 array [Q, d] for ``dense``, a
+        ``scipy.sparse.csr_array`` [Q, terms] for ``sparse`` and a list of float32 arrays [tokens, d] for
+        ``multi-vector``. Safe to call from several threads at once.
         """
         raise NotImplementedError
 
@@ -168,6 +180,16 @@ def ordered(scores: np.ndarray, rows: np.ndarray, rank: np.ndarray, k: int) -> t
     top_scores[: len(best)] = scores[best]
     top_rows[: len(best)] = rows[best]
     return top_scores, top_rows
+
+
+def best_positive(scores: np.ndarray, rank: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best ``k`` of one query's scores [documents], those above 0 only, as `ordered` gives them."""
+    found = np.flatnonzero(scores > 0)
+    if len(found) > k:
+        positive = scores[found]
+        boundary = np.partition(positive, len(positive) - k)[len(positive) - k]
+        found = found[positive >= boundary]  # a tie at the k-th hit is whole before it is ordered
+    return ordered(scores[found], found, rank, k)
 
 
 def check_k(k: int) -> None:

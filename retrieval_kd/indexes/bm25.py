@@ -12,7 +12,7 @@ from pydantic import Field
 from retrieval_kd.artifact import Draft
 from retrieval_kd.data.analyzer import Analyzer, StemmerName, StopWords
 from retrieval_kd.errors import InputError, UsageError
-from retrieval_kd.indexes.base import Index, IndexRecipe, Source, check_k, ordered, write_rows
+from retrieval_kd.indexes.base import Index, IndexRecipe, Shape, Source, best_positive, check_k, write_rows
 from retrieval_kd.progress import progress
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ class BM25Index(Index):
         draft.details["metric"] = "bm25"
 
     @classmethod
-    def estimate(cls, recipe: BM25Recipe, source: Collection | int) -> tuple[float, int]:
+    def estimate(cls, recipe: BM25Recipe, source: Collection | Shape) -> tuple[float, int]:
         """Bytes a document (8 for each distinct term, measured on the first thousand documents); nothing besides."""
-        if isinstance(source, int):
+        if isinstance(source, Shape):
             raise UsageError("a bm25 index is built from a collection")
         analyzer = Analyzer(recipe.stemmer, recipe.stop_words)
         sample = min(len(source.documents), _SAMPLE)
@@ -100,9 +100,7 @@ class BM25Index(Index):
         for place, query in enumerate(queries):
             known = [self._vocabulary[term] for term in analyzer.terms(query) if term in self._vocabulary]
             if known:
-                all_scores = self._engine.get_scores_from_ids(known)
-                found = _candidates(all_scores, k)
-                scores[place], rows[place] = ordered(all_scores[found], found, self.rank, k)
+                scores[place], rows[place] = best_positive(self._engine.get_scores_from_ids(known), self.rank, k)
         return scores, rows
 
     def problems(self) -> list[str]:
@@ -122,13 +120,3 @@ def _terms_of(texts: Any, total: int, analyzer: Analyzer) -> tuple[dict[str, int
             documents.append(array("i", [vocabulary.setdefault(t, len(vocabulary)) for t in analyzer.terms(text)]))
             advance(1)
     return vocabulary, documents
-
-
-def _candidates(scores: np.ndarray, k: int) -> np.ndarray:
-    """The rows that score above 0 and at least as high as the k-th best: whole ties."""
-    found = np.flatnonzero(scores > 0)
-    if len(found) <= k:
-        return found
-    positive = scores[found]
-    boundary = np.partition(positive, len(positive) - k)[len(positive) - k]
-    return np.asarray(found[positive >= boundary])

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from retrieval_kd.artifact import InputRef, Plan
 from retrieval_kd.errors import ArtifactError, UsageError
-from retrieval_kd.indexes.base import Index, Source
+from retrieval_kd.indexes.base import Index, Shape, Source
 from retrieval_kd.recipe import load_recipe
-from retrieval_kd.registry import implementation
+from retrieval_kd.registry import INDEXES, implementation
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
@@ -36,9 +36,9 @@ def build_index(
 ) -> Index:
     """The index artifact at ``out``, built as ``recipe`` says; an index that is there already is returned.
 
-    A text index (bm25) needs ``collection``. A dense one (faiss) needs ``vectors``, or ``model`` and ``collection``:
-    then it encodes into ``OUT.vectors`` beside the index first. Raises `UsageError` for other combinations and
-    `ArtifactError` when the vectors are not those of the collection's documents.
+    A text index (bm25) needs ``collection``. The others need ``vectors``, or ``model`` and ``collection``: then it
+    encodes into ``OUT.vectors`` beside the index first. Raises `UsageError` for other combinations, vectors of another
+    layout among them, and `ArtifactError` when the vectors are not those of the collection's documents.
     """
     out = Path(out)
     parsed = load_recipe(str(recipe), "indexes", overrides)
@@ -47,9 +47,13 @@ def build_index(
     opened = _collection(collection)
     if model is not None and opened is not None:
         from retrieval_kd.models.encode import encode
+        from retrieval_kd.models.encoders import open_encoder
 
-        vectors = encode(model, opened, out.with_name(out.name + ".vectors"), force=force)
+        encoder = open_encoder(model)
+        _check_layout(parsed.kind, engine.takes, encoder.layout, f"model '{encoder.source.name}'")
+        vectors = encode(encoder, opened, out.with_name(out.name + ".vectors"), force=force)
     source = Source(opened, _vectors(vectors))
+    _check_vectors(parsed.kind, engine.takes, source.vectors)
     plan = Plan("index", parsed.resolved(), _inputs(source))
     if plan.finished(out, force=force):
         return Index.load(out)
@@ -74,17 +78,19 @@ def estimate_index(
     _check_arguments(parsed.kind, engine.takes, collection=collection, vectors=vectors, model=model)
     opened = _collection(collection)
     given = _vectors(vectors)
+    _check_vectors(parsed.kind, engine.takes, given)
     _inputs(Source(opened, given))
-    if given is not None:
-        documents, dimension = (int(size) for size in given.matrix.shape)
-    elif opened is not None:
-        documents, dimension = len(opened.documents), _model_dimension(model)
-    text = opened if engine.takes == "text" else None
-    each, besides = engine.estimate(parsed, dimension if text is None else text)
+    documents = len(opened.documents) if given is None and opened is not None else len(given or ())
+    shape = _shape_of(given) if given is not None else None
+    if model is not None and opened is not None:
+        shape = _shape_of_model(parsed.kind, engine.takes, model, opened)
+    source = opened if shape is None else shape
+    assert source is not None, "a text index was refused without a collection"
+    each, besides = engine.estimate(parsed, source)
     return {
         "recipe": parsed.resolved(),
         "documents": documents,
-        "dimension": dimension or None,
+        "dimension": None if shape is None else shape.dimension,
         "bytes_per_document": round(each, 1),
         "bytes": round(each * documents) + besides,
     }
@@ -107,7 +113,7 @@ def _check_arguments(kind: str, takes: str, **given: object) -> None:
     if takes == "text" and names != {"collection"}:
         raise UsageError(f"a {kind} index reads text and needs a collection, no vectors or model (got {got})")
     fits = names in ({"vectors"}, {"vectors", "collection"}, {"model", "collection"})
-    if takes == "dense" and not fits:
+    if takes != "text" and not fits:
         raise UsageError(f"a {kind} index needs vectors, or a model and a collection to encode (got {got})")
 
 
@@ -123,10 +129,34 @@ def _vectors(spec: str | Path | Vectors | None) -> Vectors | None:
     return Vectors.load(spec) if isinstance(spec, str | Path) else spec
 
 
-def _model_dimension(model: str | Path | None) -> int:
-    from retrieval_kd.models.encoder import DenseEncoder
+def _check_vectors(kind: str, takes: str, vectors: Vectors | None) -> None:
+    if vectors is not None:
+        _check_layout(kind, takes, vectors.layout, str(vectors.path))
 
-    return 0 if model is None else DenseEncoder.load(model).dimension
+
+def _check_layout(kind: str, takes: str, layout: str, what: str) -> None:
+    """Raises `UsageError` unless an index of this kind takes vectors of ``layout``."""
+    if takes != layout:
+        fitting = [name for name in INDEXES if implementation("indexes", name).takes == layout]
+        raise UsageError(
+            f"{what}: gives {layout} vectors, a {kind} index takes {takes} ones; "
+            f"take an index of kind {' or '.join(fitting)}"
+        )
+
+
+def _shape_of(vectors: Vectors) -> Shape:
+    numbers = 2 if vectors.manifest.details.get("dtype") == "float16" else 4
+    return Shape(vectors.dimension, float(vectors.lengths.mean()) if len(vectors) else 0.0, numbers)
+
+
+def _shape_of_model(kind: str, takes: str, model: str | Path, collection: Collection) -> Shape:
+    from retrieval_kd.models.encode import estimate_encode
+    from retrieval_kd.models.encoders import open_encoder
+
+    encoder = open_encoder(model)
+    _check_layout(kind, takes, encoder.layout, f"model '{encoder.source.name}'")
+    expected = estimate_encode(encoder, collection)
+    return Shape(expected["dimension"], expected["entries_per_vector"])
 
 
 def _inputs(source: Source) -> Mapping[str, InputRef]:

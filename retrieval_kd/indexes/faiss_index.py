@@ -13,7 +13,7 @@ from pydantic import Field
 from retrieval_kd.artifact import Draft
 from retrieval_kd.errors import InputError, RecipeError, RetrievalKDError, UsageError, first
 from retrieval_kd.indexes import faiss_structure as structure
-from retrieval_kd.indexes.base import Index, IndexRecipe, Source, check_k, ordered, write_rows
+from retrieval_kd.indexes.base import Index, IndexRecipe, Shape, Source, check_k, ordered, write_rows
 from retrieval_kd.indexes.faiss_package import import_faiss
 from retrieval_kd.progress import progress
 from retrieval_kd.recipe import Section
@@ -93,11 +93,11 @@ class FaissIndex(Index):
         )
 
     @classmethod
-    def estimate(cls, recipe: FaissRecipe, source: Collection | int) -> tuple[float, int]:
-        """Bytes a vector of dimension ``source``, and the bytes of centroids and codebooks."""
-        if not isinstance(source, int):
+    def estimate(cls, recipe: FaissRecipe, source: Collection | Shape) -> tuple[float, int]:
+        """Bytes a vector of this dimension, and the bytes of centroids and codebooks."""
+        if not isinstance(source, Shape):
             raise UsageError("a faiss index is built from vectors")
-        index = structure.new_index(recipe.factory, source)
+        index = structure.new_index(recipe.factory, source.dimension)
         structure.set_parameters(index, recipe.factory, recipe.search.model_dump(exclude_none=True))
         return structure.bytes_per_vector(index), structure.fixed_bytes(index)
 

@@ -1,4 +1,4 @@
-"""What is read off a language model's head: one position a row, exact logits, the tokens an answer may go on with."""
+"""What is read off a language model's head: some positions alone, exact logits, how an answer may go on."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class Rule:
 
 @contextmanager
 def reading_at(network: Any, positions: Any) -> Iterator[None]:
-    """Inside, the head is given one position a row, so that logits are [n, 1, vocabulary]."""
+    """Inside, the head is given these ``positions`` [n, k] of each row, so that logits are [n, k, vocabulary]."""
     import torch
 
     def select(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = arguments[0]
-        return (hidden[torch.arange(len(hidden), device=hidden.device), positions].unsqueeze(1),)
+        return (hidden[torch.arange(len(hidden), device=hidden.device)[:, None], positions],)
 
     handle = network.get_output_embeddings().register_forward_pre_hook(select)
     try:

@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from retrieval_kd.artifact import InputRef
 from retrieval_kd.errors import InputError, RetrievalKDError
-from retrieval_kd.models.load import ModelSource, find_model
+from retrieval_kd.models.batching import token_batches
+from retrieval_kd.models.load import SETTINGS, ModelSource, find_model
+from retrieval_kd.models.vectors_of_texts import PROMPTS, Encoded, Truncation
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-BATCH_SIZE = 32
-PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
-"""Task → the names its prompt may have; a model's first one is used, as sentence-transformers does."""
+CPU_TOKENS, GPU_TOKENS = 2048, 16384
+"""Tokens of a batch of texts, padding included: a CPU's caches are small."""
 
-
-@dataclass
-class Truncation:
-    """How many texts were cut at the model's maximum length and how many tokens were lost."""
-
-    texts: int = 0
-    tokens: int = 0
-
-    def to_json(self) -> dict[str, int]:
-        """The manifest's two counts."""
-        return {"truncated_texts": self.texts, "tokens_lost": self.tokens}
+_ECHO = "retrieval_kd.models.echo.EchoTransformer"
 
 
 class BadVectorsError(RetrievalKDError):
@@ -56,7 +46,7 @@ class Reader:
         module = model[0]
         if isinstance(module, Router):
             module = module.sub_modules[module._resolve_route(task=task, modality="text")][0]
-        self._tokenizer = module.tokenizer
+        self.tokenizer = module.tokenizer
         self._special = not isinstance(module, SparseStaticEmbedding)
         limit: int | None = getattr(module, f"{task}_length", None)
         expansion = getattr(module, "query_expansion", None) if task == "query" else None
@@ -70,7 +60,7 @@ class Reader:
     def lengths(self, texts: Sequence[str]) -> np.ndarray:
         """Tokens [n] int64 of each text with prompt and special tokens, before anything is cut."""
         prompted = [self.prompt + text for text in texts]
-        return np.asarray(token_lengths(self._tokenizer, prompted, special=self._special), dtype=np.int64)
+        return np.asarray(token_lengths(self.tokenizer, prompted, special=self._special), dtype=np.int64)
 
     def read(self, lengths: np.ndarray) -> np.ndarray:
         """Tokens [n] that the model works on for texts of these lengths."""
@@ -90,11 +80,18 @@ class Encoder:
 
     stock: ClassVar[str]
     """The name of its class in sentence-transformers."""
+    layout: ClassVar[str]
+    """``dense``, ``sparse`` or ``multi-vector``: what its vectors are."""
+    comparisons: ClassVar[tuple[str, ...]]
+    """The ways to compare its vectors that indexes know."""
+    default: ClassVar[str] = "SentenceTransformer"
+    """The class that loads a directory which names none."""
 
     def __init__(self, source: ModelSource, model: Any) -> None:
         self.source = source
         self.model = model
         self.readers = {task: Reader(model, task) for task in PROMPTS}
+        self.truncation = Truncation()
 
     @classmethod
     def load(cls, spec: str | Path, *, revision: str | None = None) -> Self:
@@ -102,15 +99,20 @@ class Encoder:
 
         Raises `InputError` when the model is of another kind and parts of it would be random.
         """
-        source = find_model(spec, revision)
+        return cls.open(find_model(spec, revision))
+
+    @classmethod
+    def open(cls, source: ModelSource) -> Self:
+        """The encoder of a model that was found; see `load`."""
         model = cls._load_stock(source)
-        if _saved_as(source.path) != cls.stock:
+        saved = saved_as(source.path) or cls.default
+        if saved != cls.stock:
             # sentence-transformers makes what a directory lacks (a projection, a sparse layer) out of random numbers.
             one, other = _probe(model), _probe(cls._load_stock(source))
             if not np.allclose(one, other, atol=1e-4, equal_nan=True):
                 raise InputError(
                     f"model '{source.name}' is not a {cls.stock}: as one it gives another vector each time it is "
-                    f"loaded, because it has no trained weights for a part of it (it is a {_saved_as(source.path)})"
+                    f"loaded, because it has no trained weights for a part of it (it is a {saved})"
                 )
         return cls(source, model)
 
@@ -118,12 +120,50 @@ class Encoder:
     def _load_stock(cls, source: ModelSource) -> Any:
         import sentence_transformers
 
+        own = {"trust_remote_code": True} if _holds_own_module(source) else {}
         with quiet_loading():
-            return getattr(sentence_transformers, cls.stock)(str(source.path))
+            return getattr(sentence_transformers, cls.stock)(str(source.path), **own)
+
+    @cached_property
+    def similarity(self) -> str:
+        """How the model says that its vectors are to be compared; `InputError` where indexes cannot."""
+        name = str(self.model.similarity_fn_name or self.comparisons[0])
+        if name not in self.comparisons:
+            known = " or ".join(self.comparisons)
+            raise InputError(f"model '{self.source.name}': similarity '{name}' is not supported ({known})")
+        return name
+
+    @property
+    def batch_tokens(self) -> int:
+        """The tokens of a batch of texts on the model's device, padding included."""
+        return CPU_TOKENS if self.model.device.type == "cpu" else GPU_TOKENS
+
+    @property
+    def vocabulary(self) -> Sequence[str | None]:
+        """The token of each term of sparse vectors; empty for other layouts."""
+        return ()
+
+    @property
+    def stands_for(self) -> set[str]:
+        """The fingerprints of the models whose queries it may encode: its own, and a query tower's teacher."""
+        file = self.source.path / SETTINGS
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        teacher = settings.get("queries_for")
+        return {self.source.fingerprint} | ({teacher["fingerprint"]} if teacher else set())
 
     def ref(self) -> InputRef:
         """The model as an artifact's input."""
         return self.source.ref()
+
+    def encoding(self, task: str) -> Callable[..., Any]:
+        """sentence-transformers' function that encodes a list of texts for a task, in one batch."""
+        encode = self.model.encode_query if task == "query" else self.model.encode_document
+        return lambda texts, **options: encode(texts, batch_size=len(texts), show_progress_bar=False, **options)
+
+    def count_lost(self, lost: np.ndarray) -> None:
+        """Adds texts, by the tokens [n] that were cut off each, to the account of what was cut."""
+        self.truncation.texts += int(np.count_nonzero(lost))
+        self.truncation.tokens += int(lost.sum())
 
     def facts(self) -> dict[str, Any]:
         """What a manifest says of the model: name, revision, tokens it reads of document and query, dtype, prompts."""
@@ -147,30 +187,13 @@ class Encoder:
             )
 
 
-class Encoded(NamedTuple):
-    """Vectors [n, d] float32 of texts, and the tokens [n] int32 that were cut off each."""
-
-    vectors: np.ndarray
-    tokens_lost: np.ndarray
-
-
 class DenseEncoder(Encoder):
     """A sentence-transformers bi-encoder: texts in, float32 vectors [n, dimension] out."""
 
     stock = "SentenceTransformer"
+    layout = "dense"
+    comparisons = ("cosine", "dot")
     model: SentenceTransformer
-
-    def __init__(self, source: ModelSource, model: SentenceTransformer) -> None:
-        super().__init__(source, model)
-        self.truncation = Truncation()
-
-    @cached_property
-    def similarity(self) -> str:
-        """``cosine`` or ``dot``, as the model says it is to be compared."""
-        name = str(self.model.similarity_fn_name or "cosine")
-        if name not in ("cosine", "dot"):
-            raise InputError(f"model '{self.source.name}': similarity '{name}' is not supported (cosine or dot)")
-        return name
 
     @cached_property
     def dimension(self) -> int:
@@ -190,23 +213,35 @@ class DenseEncoder(Encoder):
 
         Raises `RetrievalKDError` when a vector is not finite.
         """
-        if not texts:
-            return Encoded(np.zeros((0, self.dimension), dtype=np.float32), np.zeros(0, dtype=np.int32))
-        lost = self.readers[task].tokens_lost(texts)
-        self.truncation.texts += int(np.count_nonzero(lost))
-        self.truncation.tokens += int(lost.sum())
-        encode = self.model.encode_query if task == "query" else self.model.encode_document
-        vectors = encode(list(texts), batch_size=BATCH_SIZE, show_progress_bar=False, convert_to_numpy=True)
-        vectors = np.asarray(vectors, dtype=np.float32)
-        self.refuse_bad(~np.isfinite(vectors).all(axis=1), texts, task)
+        reader = self.readers[task]
+        if reader.limit is None:  # nothing is cut; characters stand for tokens, which some tokenizers cannot count
+            lengths, lost = np.array([len(text) for text in texts]), np.zeros(len(texts), dtype=np.int32)
+        else:
+            lengths = reader.lengths(texts)
+            lengths, lost = reader.read(lengths), reader.lost(lengths)
+        vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
+        for batch in token_batches(lengths.tolist(), self.batch_tokens):
+            vectors[batch] = self.encoding(task)([texts[i] for i in batch], convert_to_numpy=True)
+        self.refuse_bad(np.asarray(~np.isfinite(vectors).all(axis=1)), texts, task)
+        self.count_lost(lost)
         return Encoded(vectors, lost)
 
 
-def _saved_as(path: Path) -> str:
-    """The class of sentence-transformers that saved a directory; ``SentenceTransformer`` where none is named."""
+def saved_as(path: Path) -> str | None:
+    """The class of sentence-transformers that saved a directory; None where none is named."""
     settings = path / "config_sentence_transformers.json"
     saved = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    return str(saved.get("model_type") or "SentenceTransformer")
+    return saved.get("model_type")
+
+
+def _holds_own_module(source: ModelSource) -> bool:
+    """Whether the model is an artifact with a module of this package, and no code of anybody else's."""
+    listed = source.path / "modules.json"
+    if not source.artifact or not listed.is_file():
+        return False
+    types = {str(module["type"]) for module in json.loads(listed.read_text(encoding="utf-8"))}
+    foreign = {name for name in types if not name.startswith("sentence_transformers.")}
+    return foreign == {_ECHO}
 
 
 def _probe(model: Any) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +40,8 @@ class LanguageModel:
         ends = list(eos) if isinstance(eos, list) else [eos]
         pads = (tokenizer.pad_token_id, ends[0], tokenizer.unk_token_id, 0)
         self._pad: int = next(token for token in pads if token is not None)  # always behind an attention mask
-        self._end: int = self._pad if ends[0] is None else ends[0]
+        self.end: int = self._pad if ends[0] is None else ends[0]
+        """The token that ends an answer."""
         self._decoder_start = own.decoder_start_token_id
         network.generation_config = GenerationConfig(  # a model's own may sample, or punish repetition
             eos_token_id=eos, pad_token_id=self._pad, decoder_start_token_id=self._decoder_start
@@ -86,6 +88,14 @@ class LanguageModel:
         """The model as an artifact's input."""
         return self.source.ref()
 
+    def save(self, folder: Path) -> None:
+        """Writes the network, its tokenizer and the generation settings it came with, as transformers does."""
+        self.network.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        own = self.source.path / "generation_config.json"
+        if own.is_file():
+            shutil.copyfile(own, folder / own.name)
+
     @property
     def dtype(self) -> str:
         """The precision of the weights; the logits of `next_token_logits` are float32 in any case."""
@@ -96,12 +106,13 @@ class LanguageModel:
         """Padded tokens of a batch: many for a GPU; a CPU wins nothing by more, and loses by padding."""
         return 2048 if self.network.device.type == "cpu" else 16384
 
-    def check_length(self, max_length: int) -> None:
-        """Raises `InputError` when ``max_length`` is more than the model has positions for."""
+    def check_length(self, max_length: int, answer: int = 0) -> None:
+        """Raises `InputError` when ``max_length`` and an ``answer`` are more than the model has positions for."""
         limit = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and max_length > limit:
+        if limit is not None and max_length + answer > limit:
+            beside = f" and an answer of {answer}" if answer else ""
             raise InputError(
-                f"max_length {max_length} is more than the {limit} tokens model '{self.source.name}' reads"
+                f"max_length {max_length}{beside} is more than the {limit} tokens model '{self.source.name}' reads"
             )
 
     def rendered(self, prompt: PromptText, answer_start: str = "") -> str:
@@ -213,7 +224,7 @@ class LanguageModel:
                 last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
                 if self._takes_positions:
                     inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-            with torch.inference_mode(), reading_at(self.network, last), in_float32(self.network, token_ids):
+            with torch.inference_mode(), reading_at(self.network, last[:, None]), in_float32(self.network, token_ids):
                 found = self.network(**inputs, use_cache=False).logits[:, 0, list(token_ids)]
             logits[batch] = found.float().cpu().numpy()
         return logits
@@ -238,7 +249,7 @@ class LanguageModel:
             chosen = None if constraints is None else [constraints[i] for i in batch]
             with torch.inference_mode(), in_float32(self.network, {t for one in chosen or () for t in one.tokens}):
                 found = self.network.generate(
-                    **inputs, max_new_tokens=max_new_tokens, logits_processor=[Rule(chosen, self._end)]
+                    **inputs, max_new_tokens=max_new_tokens, logits_processor=[Rule(chosen, self.end)]
                 )
             new = found[:, 1 if self.encoder_decoder else inputs["input_ids"].shape[1] :]
             for i, answer in zip(batch, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):

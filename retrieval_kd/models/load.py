@@ -29,8 +29,12 @@ class Model(Artifact):
 
     def problems(self) -> list[str]:
         """Files a stock sentence-transformers directory needs and this one lacks."""
-        needed = [SETTINGS, "config.json"]
-        return [f"{name} is missing" for name in needed if not (self.path / name).is_file()]
+        if not (self.path / SETTINGS).is_file():
+            return [f"{SETTINGS} is missing"]
+        if self.settings.get("format"):
+            return []  # an export: the manifest lists its files
+        loadable = any((self.path / name).is_file() for name in ("config.json", "modules.json"))
+        return [] if loadable else ["neither config.json nor modules.json is there"]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 
 from retrieval_kd.models.batching import token_batches
 from retrieval_kd.models.encoder import Encoder
+from retrieval_kd.models.vectors_of_texts import MultiVectors
 
 if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder as MultiVectorModel
@@ -28,6 +29,8 @@ class MultiVectorEncoder(Encoder):
     """Any sentence-transformers ``MultiVectorEncoder``, with its own prompts, query expansion, masks and skip list."""
 
     stock = "MultiVectorEncoder"
+    layout = "multi-vector"
+    comparisons = ("maxsim", "meanmaxsim")
     model: MultiVectorModel
 
     def batches(
@@ -37,10 +40,30 @@ class MultiVectorEncoder(Encoder):
 
         ``lengths`` are those of the task's reader. Vectors of half-precision weights come as float32 too.
         """
-        encode = self.model.encode_query if task == "query" else self.model.encode_document
         for batch in token_batches(self.readers[task].read(lengths).tolist(), batch_tokens):
-            matrices = encode([texts[i] for i in batch], batch_size=len(batch), show_progress_bar=False)
+            matrices = self.encoding(task)([texts[i] for i in batch])
             yield TokenVectors(batch, [matrix.float() for matrix in matrices])
+
+    def encode(self, texts: Sequence[str], task: str) -> MultiVectors:
+        """Token vectors of texts that are each a ``query`` or a ``document``; a text may have none.
+
+        Raises `RetrievalKDError` when a number is not finite.
+        """
+        reader = self.readers[task]
+        lengths = reader.lengths(texts)
+        found = [np.empty((0, 0), np.float32)] * len(texts)
+        for places, matrices in self.batches(texts, task, lengths, self.batch_tokens):
+            for place, matrix in zip(places, matrices, strict=True):
+                found[place] = matrix.cpu().numpy()
+        self.refuse_bad(np.array([not np.isfinite(matrix).all() for matrix in found], dtype=bool), texts, task)
+        lost = reader.lost(lengths)
+        self.count_lost(lost)
+        width = max((matrix.shape[1] for matrix in found), default=0)
+        return MultiVectors(
+            np.array([len(matrix) for matrix in found], dtype=np.int32),
+            np.concatenate([matrix.reshape(-1, width) for matrix in found] or [np.empty((0, 0), np.float32)]),
+            lost,
+        )
 
     def similarities(self, queries: Sequence[Any], documents: Sequence[Any]) -> np.ndarray:
         """The model's similarity [n] float32 of query i and document i, both matrices of `batches`.

@@ -1,9 +1,10 @@
-"""ONNX files: exporting a torch model, making it int8, running it with onnxruntime on the CPU."""
+"""ONNX files: exporting a torch model, making it int8, running it with onnxruntime on the CPU (without torch)."""
 
 from __future__ import annotations
 
 import importlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,9 +22,9 @@ ONE_FILE_LIMIT = 1_500_000_000
 """Bytes of weights above which they lie beside the ``.onnx`` file: a protobuf file ends at 2 GiB."""
 
 
-def require_onnx() -> None:
-    """Nothing, or `MissingExtraError` naming the pip line when a package is not installed."""
-    for package in ("onnx", "onnxruntime", "onnxscript"):
+def require_onnx(*packages: str) -> None:
+    """Nothing, or `MissingExtraError` naming the pip line when one of ``packages`` (all of them) is not installed."""
+    for package in packages or ("onnx", "onnxruntime", "onnxscript"):
         try:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
@@ -57,6 +58,18 @@ def export_onnx(model: nn.Module, example: Mapping[str, Tensor], path: Path, *, 
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise RetrievalKDError(f"torch cannot export this model to ONNX: {error.__cause__ or error}") from error
+    if fixed := _fixed_inputs(path):
+        raise RetrievalKDError(
+            f"torch exported this model for one length or batch only (input {fixed[0]}): a part of it loops over tokens"
+        )
+
+
+def _fixed_inputs(path: Path) -> list[str]:
+    """Inputs of a graph that do not take any batch and length."""
+    import onnx
+
+    inputs = onnx.load(path, load_external_data=False).graph.input
+    return [node.name for node in inputs if any(not dim.dim_param for dim in node.type.tensor_type.shape.dim)]
 
 
 def quantize_int8(source: Path, target: Path) -> None:
@@ -74,9 +87,7 @@ def quantize_int8(source: Path, target: Path) -> None:
     # onnxruntime turns each Gemm into a MatMul with a transposed weight; the recorded shapes would then be wrong.
     heads = [f"{node.name}_MatMul" for node in model.graph.node if node.op_type == "Gemm"]
     del model.graph.value_info[:]
-    add_pre_process_metadata(
-        model
-    )  # the exporter has simplified the graph; otherwise onnxruntime asks for it in the log
+    add_pre_process_metadata(model)  # the exporter has simplified the graph; else onnxruntime asks for it in the log
     with _quiet_quantizer():
         quantize_dynamic(
             model,
@@ -90,23 +101,30 @@ def quantize_int8(source: Path, target: Path) -> None:
 
 
 class OnnxSession:
-    """An ONNX model with one output on the CPU, with as many threads as torch has."""
+    """An ONNX model with one output on the CPU, with ``threads`` threads (see `default_threads`)."""
 
-    def __init__(self, path: Path) -> None:
-        require_onnx()
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        require_onnx("onnxruntime")
         import onnxruntime
-        import torch
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = threads or default_threads()
         options.inter_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self._inputs = [node.name for node in self._session.get_inputs()]
 
-    def __call__(self, features: Mapping[str, Tensor]) -> np.ndarray:
-        """The model's output for ``features``; those that are no input of it are left out."""
-        (result,) = self._session.run(None, {name: features[name].numpy() for name in self._inputs})
+    def __call__(self, features: Mapping[str, Tensor | np.ndarray]) -> np.ndarray:
+        """The model's output for ``features`` (tensors or arrays); those that are no input of it are left out."""
+        (result,) = self._session.run(None, {name: np.asarray(features[name]) for name in self._inputs})
         return np.asarray(result)
+
+
+def default_threads() -> int:
+    """What ``OMP_NUM_THREADS`` says (its first number), as torch reads it; else the cores this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Deviation(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from retrieval_kd.artifact import Plan
 from retrieval_kd.errors import ArtifactError, InputError, UsageError, first
+from retrieval_kd.models.load import find_model
 from retrieval_kd.progress import progress
 from retrieval_kd.search.searcher import Searcher, check_collection
 
@@ -56,12 +57,18 @@ def search_run(
     queries = opened.queries(split)
     if not queries:
         raise InputError(f"{opened.path}: split '{split}' has no queries")
+    if vectors is not None and model is not None:
+        raise UsageError("vectors are of queries that are encoded already: give them, or a model, not both")
     if isinstance(index, Index) and search:
         raise UsageError("search parameters are set when an index is loaded; give its path")
     loaded = index if isinstance(index, Index) else Index.load(index, search=search)
     check_collection(loaded, opened)
     recipe = {"kind": "search", "split": split, "k": k, "search": loaded.search_values}
     inputs = {"index": loaded.ref(), "collection": opened.ref()}
+    if model is not None and loaded.takes != "text":
+        given = find_model(model).ref()
+        if given.fingerprint != loaded.manifest.inputs["model"]["fingerprint"]:
+            inputs["model"] = given  # an exported one: its hits are its own
     ready = None
     if vectors is not None:
         ready = _query_vectors(vectors, loaded, opened, split)
@@ -69,11 +76,14 @@ def search_run(
     if out.suffix != ".trec" and Plan("run", recipe, inputs).finished(out, force=force):
         return Run.load(out)
     if ready is not None:
-        matrix = ready.matrix
-        doc_ids, scores = _hits(lambda part: _search_vectors(loaded, part, k), matrix)
+        depth = min(k, len(loaded))
+        vectors_of = ready.rows
+        doc_ids, scores = _hits(
+            lambda start, stop: _search_vectors(loaded, vectors_of(start, stop), depth), len(queries)
+        )
     else:
-        searcher = Searcher.load(loaded, model=model, collection=opened)
-        doc_ids, scores = _hits(lambda part: searcher.search_many(part, k), list(queries.values()))
+        searcher, texts = Searcher.load(loaded, model=model, collection=opened), list(queries.values())
+        doc_ids, scores = _hits(lambda start, stop: searcher.search_many(texts[start:stop], k), len(queries))
     without = [query_id for query_id, found in zip(queries, doc_ids, strict=True) if not found]
     if without:
         log.warning("%s of %s queries have no hit: %s", len(without), len(queries), first(without))
@@ -83,19 +93,19 @@ def search_run(
     return Run.load(out)
 
 
-def _hits(search: Callable[[Any], Hits], queries: Sequence[str] | np.ndarray) -> Hits:
+def _hits(search: Callable[[int, int], Hits], queries: int) -> Hits:
     doc_ids: list[list[str]] = []
     scores: list[np.ndarray] = []
-    with progress(f"searching {len(queries):,} queries", len(queries)) as advance:
-        for start in range(0, len(queries), _BATCH):
-            batch_ids, batch_scores = search(queries[start : start + _BATCH])
+    with progress(f"searching {queries:,} queries", queries) as advance:
+        for start in range(0, queries, _BATCH):
+            batch_ids, batch_scores = search(start, min(start + _BATCH, queries))
             doc_ids += batch_ids
             scores += batch_scores
             advance(len(batch_ids))
     return doc_ids, scores
 
 
-def _search_vectors(index: Index, vectors: np.ndarray, k: int) -> Hits:
+def _search_vectors(index: Index, vectors: Any, k: int) -> Hits:
     scores, rows = index.search(vectors, k)
     found = [index.ids_of(of_query[of_query >= 0]) for of_query in rows]
     return found, [values[of_query >= 0] for values, of_query in zip(scores, rows, strict=True)]
@@ -110,7 +120,7 @@ def _query_vectors(path: str | Path, index: Index, collection: Collection, split
         raise UsageError(
             f"{path}: these are vectors of {vectors.split or 'documents'}, not of the queries of '{split}'"
         )
-    if vectors.model_ref.fingerprint != index.manifest.inputs.get("model", {}).get("fingerprint"):
+    if index.manifest.inputs.get("model", {}).get("fingerprint") not in vectors.stands_for:
         raise ArtifactError(f"{path}: these vectors were made by another model than the index's")
     if vectors.manifest.inputs["collection"]["fingerprint"] != collection.fingerprint:
         raise ArtifactError(f"{path}: these vectors are of another collection")

@@ -15,7 +15,8 @@ from retrieval_kd.indexes.base import Index
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
-    from retrieval_kd.models.encoder import DenseEncoder
+    from retrieval_kd.models.encoders import TextEncoder
+    from retrieval_kd.models.vectors_of_texts import Encoded, MultiVectors, SparseVectors
 
 
 class Hit(NamedTuple):
@@ -30,7 +31,7 @@ class Hit(NamedTuple):
 class Searcher:
     """An index with the model that encodes its queries and the collection that holds its texts."""
 
-    def __init__(self, index: Index, encoder: DenseEncoder | None, collection: Collection | None) -> None:
+    def __init__(self, index: Index, encoder: TextEncoder | None, collection: Collection | None) -> None:
         self.index = index
         self.encoder = encoder
         self.collection = collection
@@ -42,15 +43,16 @@ class Searcher:
         cls,
         index: str | Path | Index,
         *,
-        model: str | Path | DenseEncoder | None = None,
+        model: str | Path | TextEncoder | None = None,
         collection: str | Path | Collection | None = None,
         search: Mapping[str, Any] | None = None,
     ) -> Searcher:
         """A searcher for ``index``, which knows its own model and collection.
 
         ``model`` and ``collection`` say where they are now; ``search`` overrides the index's search parameters
-        (``{"nprobe": 64}``). Raises `ArtifactError` when a model or a given collection is not the one that the index
-        was made with, or when the model is nowhere; without a collection hits have no text.
+        (``{"nprobe": 64}``). An exported model may stand for the one that the index was made with. Raises
+        `ArtifactError` when a model or a given collection is another one, or when the model is nowhere; without a
+        collection hits have no text.
         """
         if isinstance(index, Index):
             if search:
@@ -60,7 +62,7 @@ class Searcher:
             opened = Index.load(index, search=search)
         if opened.takes == "text" and model is not None:
             raise UsageError(f"{published_path(opened.path)}: searches text and takes no model")
-        encoder = _encoder_of(opened, model) if opened.takes == "dense" else None
+        encoder = None if opened.takes == "text" else _encoder_of(opened, model)
         return cls(opened, encoder, _collection_of(opened, collection))
 
     def search(self, query: str, k: int = 10) -> list[Hit]:
@@ -84,7 +86,7 @@ class Searcher:
         hit_scores = [np.zeros(0, dtype=np.float32) for _ in queries]
         asked = [place for place, query in enumerate(queries) if query.strip()]
         if asked:
-            scores, rows = self._search([queries[place] for place in asked], k)
+            scores, rows = self._search([queries[place] for place in asked], min(k, len(self.index)))
             for place, query_scores, query_rows in zip(asked, scores, rows, strict=True):
                 hit = query_rows >= 0
                 doc_ids[place] = self.index.ids_of(query_rows[hit])
@@ -95,23 +97,35 @@ class Searcher:
         if self.encoder is None:
             return self.index.search(texts, k)
         with self._encoding:
-            vectors = self.encoder.encode_queries(texts)
-        return self.index.search(vectors, k)
+            found = self.encoder.encode(texts, "query")
+        return self.index.search(_as_queries(found, self.index), k)
 
 
-def _encoder_of(index: Index, given: str | Path | DenseEncoder | None) -> DenseEncoder:
-    """The encoder with the fingerprint that the index recorded."""
-    from retrieval_kd.models.encoder import DenseEncoder
+def _as_queries(found: Encoded | SparseVectors | MultiVectors, index: Index) -> Any:
+    """Encoded queries as the index takes them; see `Index.search`."""
+    from retrieval_kd.data.vectors import sparse_rows
+    from retrieval_kd.models.vectors_of_texts import Encoded, SparseVectors
+
+    if isinstance(found, Encoded):
+        return found.vectors
+    if isinstance(found, SparseVectors):
+        return sparse_rows(found.lengths, found.terms, found.weights, int(index.manifest.details["dimension"]))
+    return np.split(found.tokens, np.cumsum(found.lengths)[:-1])
+
+
+def _encoder_of(index: Index, given: str | Path | TextEncoder | None) -> TextEncoder:
+    """The encoder of the model that the index recorded, or one that stands for it."""
+    from retrieval_kd.models.encoders import open_encoder
 
     home = published_path(index.path)
-    entry = index.manifest.inputs["model"]
-    encoder = given if isinstance(given, DenseEncoder) else DenseEncoder.load(given or _recorded_model(index))
-    found = encoder.ref().fingerprint
-    if found != entry["fingerprint"]:
-        name = encoder.source.name
+    needed = index.manifest.inputs["model"]["fingerprint"]
+    place = _recorded_model(index) if given is None else given
+    encoder = open_encoder(place) if isinstance(place, str | Path) else place
+    if needed not in encoder.stands_for:
         raise ArtifactError(
-            f"{name} is not the model that {home} was made with (fingerprint {found[:12]}, "
-            f"needed {entry['fingerprint'][:12]}); give that model with --model or build the index again"
+            f"{encoder.source.name} is not the model that {home} was made with "
+            f"(fingerprint {encoder.ref().fingerprint[:12]}, needed {needed[:12]}); "
+            "give that model with --model or build the index again"
         )
     return encoder
 

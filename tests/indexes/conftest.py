@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,11 +53,11 @@ def collect(tmp_path: Path) -> Callable[..., Collection]:
 
 @pytest.fixture
 def embed(tmp_path: Path) -> Callable[..., Vectors]:
-    """A function that makes a vectors artifact of a matrix; row i is document ``d<i>``."""
+    """A function that makes a vectors artifact of a matrix, a sparse one or a list; row i is document ``d<i>``."""
 
-    def make(matrix: np.ndarray, similarity: str = "dot", name: str = "vectors", **changes: object) -> Vectors:
+    def make(matrix: Any, similarity: str = "dot", name: str = "vectors", **changes: object) -> Vectors:
         values: dict[str, object] = {"of": "documents", "split": None, "collection": InputRef("c" * 64), **changes}
-        ids = [f"d{i}" for i in range(len(matrix))]
+        ids = [f"d{i}" for i in range(len(matrix) if isinstance(matrix, list) else matrix.shape[0])]
         return write_vectors(tmp_path / name, matrix, ids, similarity=similarity, model=MODEL, **values)  # type: ignore[arg-type]
 
     return make

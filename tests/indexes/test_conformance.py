@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from scipy.sparse import csr_array
+from tiny import unit
 
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.data.vectors import Vectors
@@ -36,6 +38,8 @@ class Case:
 
 CASES = [
     Case({"kind": "bm25"}, 1.0),
+    Case({"kind": "sparse-exact"}, 1.0),
+    Case({"kind": "maxsim-exact"}, 1.0),
     Case({"kind": "faiss", "factory": "Flat"}, 1.0),
     Case({"kind": "faiss", "factory": "Flat", "metric": "cosine"}, 1.0),
     Case({"kind": "faiss", "factory": "HNSW16", "search": {"ef_search": 64}}, 0.95),
@@ -80,6 +84,20 @@ def build(
                 texts[copy] = texts[0]
             index = build_index(path, collection=collect(texts), out=tmp_path / "index")
             return index, [texts[0], *synthetic_texts(9, seed=8)]
+        if case.recipe["kind"] == "sparse-exact":
+            weights = rng.random((number + 9, DIMENSION)).astype(np.float32)
+            weights[:, 1:] *= rng.random((number + 9, DIMENSION - 1)) < 0.2  # all have term 0: each is every one's hit
+            weights[list(copies)] = weights[0]
+            vocabulary = [f"w{term}" for term in range(DIMENSION)]
+            vectors = embed(csr_array(weights[:number]), "cosine", vocabulary=vocabulary)
+            asked = csr_array(np.concatenate([weights[:1], weights[number:]]))
+            return build_index(path, vectors=vectors, out=tmp_path / "index"), asked
+        if case.recipe["kind"] == "maxsim-exact":
+            tokens = [unit(rng.standard_normal((rng.integers(1, 9), 8))).astype(np.float32) for _ in range(number + 9)]
+            for copy in copies:
+                tokens[copy] = tokens[0]
+            index = build_index(path, vectors=embed(tokens[:number], "maxsim"), out=tmp_path / "index")
+            return index, [tokens[0], *tokens[number:]]
         matrix = rng.standard_normal((number, DIMENSION)).astype(np.float32)
         matrix[list(copies)] = matrix[0]
         index = build_index(path, vectors=embed(matrix), out=tmp_path / "index")
@@ -96,6 +114,13 @@ class TestConformance:
         _, rows = index.search(queries, 10)
         if index.takes == "text":
             _, reference = index.search(queries, len(index))
+        elif index.takes == "multi-vector":
+            made = Vectors.load(tmp_path / "vectors").rows(0, len(index))
+            scores = [[(query.astype(float) @ d.T).max(axis=1).sum() for d in made] for query in queries]
+            reference = np.argsort(-np.array(scores), axis=1)
+        elif index.takes == "sparse":
+            made = unit(Vectors.load(tmp_path / "vectors").rows(0, len(index)).toarray().astype(float))
+            reference = np.argsort(-(queries.toarray() @ made.T), axis=1)
         else:
             matrix = np.load(tmp_path / "vectors" / "vectors.npy").astype(np.float64)
             if case.recipe.get("metric") == "cosine":

@@ -7,7 +7,9 @@ import pytest
 import tiny
 
 from retrieval_kd.errors import InputError, RetrievalKDError
-from retrieval_kd.models.encoder import DenseEncoder, Truncation, token_lengths
+from retrieval_kd.models.encoder import DenseEncoder, token_lengths
+from retrieval_kd.models.encoders import open_encoder
+from retrieval_kd.models.vectors_of_texts import Truncation
 
 PROMPTS = {"query": "query: ", "document": "passage: "}
 TEXTS = ["w1 w41", "w2 w3 w4 w5 w6 w7 w8 w9 w10", "w3"]
@@ -74,3 +76,21 @@ def test_similarity_of_the_model(tmp_path: Path) -> None:
     assert DenseEncoder.load(tiny.make_dense(tmp_path / "dot", similarity="dot")).similarity == "dot"
     with pytest.raises(InputError, match="similarity 'euclidean' is not supported"):
         assert DenseEncoder.load(tiny.make_dense(tmp_path / "euclidean", similarity="euclidean")).similarity
+
+
+def test_batches_by_length_change_nothing(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts come back in their order, whatever shares a batch with them."""
+    texts = [" ".join(tiny.WORDS[: 1 + (7 * n) % 29]) for n in range(40)]
+    encoder = DenseEncoder.load(dense)
+    expected = stock(dense, texts)
+    for budget in (1, 64, 2048):
+        monkeypatch.setattr("retrieval_kd.models.encoder.CPU_TOKENS", budget)
+        np.testing.assert_allclose(encoder.encode_documents(texts), expected, atol=1e-5)
+
+
+def test_opened_for_encoding_gives_the_same_vectors() -> None:
+    """oneDNN's layers against torch's own, on the real model."""
+    texts = ["a cat sleeps", "stock market prices fell sharply " * 20, "x"]
+    found = open_encoder("builtin").encode(texts, "document").vectors
+    np.testing.assert_allclose(found, DenseEncoder.load("builtin").encode_documents(texts), atol=1e-5)
+    assert isinstance(open_encoder("builtin"), DenseEncoder)

@@ -48,8 +48,10 @@ def test_model_artifact_has_the_artifacts_fingerprint(dense: Path, tmp_path: Pat
     assert source.ref().path == tmp_path / "model"
     assert artifact.settings == {"kind": "dense", "similarity": "cosine"}
     assert artifact.problems() == []
-    (artifact.path / "config.json").unlink()
-    assert artifact.problems() == ["config.json is missing"]
+    (artifact.path / "config.json").unlink(missing_ok=True)
+    assert artifact.problems() == []
+    (artifact.path / "modules.json").unlink()
+    assert artifact.problems() == ["neither config.json nor modules.json is there"]
 
 
 def test_damaged_artifact_is_refused(dense: Path, tmp_path: Path) -> None:

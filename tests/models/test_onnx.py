@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from retrieval_kd.errors import MissingExtraError, RetrievalKDError
-from retrieval_kd.models.onnx import OnnxSession, deviation, export_onnx, quantize_int8, require_onnx
+from retrieval_kd.models.onnx import OnnxSession, default_threads, deviation, export_onnx, quantize_int8, require_onnx
 
 
 def features(rows: list[list[int]]) -> dict[str, Any]:
@@ -93,6 +94,31 @@ def test_a_model_that_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(RetrievalKDError, match="torch cannot export this model to ONNX"):
         export_onnx(Counts(), features([[1, 2], [3]]), tmp_path / "model.onnx", output="scores")
     assert not (tmp_path / "model.onnx").exists()
+
+
+def test_a_graph_of_one_length_only_is_refused(tmp_path: Path) -> None:
+    """A loop over the tokens is unrolled for the example's length without a word from torch."""
+    import torch
+
+    class Loop(torch.nn.Module):
+        def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+            ids = features["input_ids"].float()
+            total = ids[:, :1] * 0
+            for start in range(0, ids.shape[1], 2):
+                total = total + ids[:, start : start + 2].sum(dim=1, keepdim=True)
+            return total
+
+    with pytest.raises(RetrievalKDError, match=r"one length or batch only \(input input_ids\)"):
+        export_onnx(Loop(), {"input_ids": features([[1, 2, 3], [4]])["input_ids"]}, tmp_path / "m.onnx", output="x")
+
+
+def test_threads_are_those_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    for value, expected in (("2", 2), ("4,2", 4), ("0", 3), ("many", 3)):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert default_threads() == expected
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert default_threads() == 3
 
 
 def test_missing_package_names_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:

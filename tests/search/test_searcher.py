@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_encoders
 from tiny import make_dense, make_tiny_collection
 
+from retrieval_kd.artifact import InputRef
 from retrieval_kd.data.collection import Collection
+from retrieval_kd.data.vectors import Vectors
 from retrieval_kd.errors import ArtifactError, RecipeError, UsageError
 from retrieval_kd.indexes.base import Index
 from retrieval_kd.indexes.build import build_index, estimate_index
+from retrieval_kd.models.encode import encode
 from retrieval_kd.models.encoder import DenseEncoder
+from retrieval_kd.models.encoders import open_encoder
+from retrieval_kd.models.load import find_model
+from retrieval_kd.search import run as run_module
+from retrieval_kd.search.run import search_run
 from retrieval_kd.search.searcher import Searcher
 
 
@@ -96,7 +106,7 @@ def test_another_model_is_refused_and_the_same_one_elsewhere_accepted(world: Pat
     shutil.copytree(world / "model", tmp_path / "copy")
     expected = Searcher.load(world / "flat").search("w9", 3)
     assert Searcher.load(world / "flat", model=tmp_path / "copy").search("w9", 3) == expected
-    assert Searcher.load(world / "flat", model=DenseEncoder.load(tmp_path / "copy")).search("w9", 3) == expected
+    assert Searcher.load(world / "flat", model=open_encoder(tmp_path / "copy")).search("w9", 3) == expected
 
 
 def test_a_moved_folder_finds_its_own_model_and_collection(world: Path, tmp_path: Path) -> None:
@@ -154,3 +164,84 @@ def test_building_with_a_model_keeps_the_vectors_beside_the_index(world: Path) -
         "bytes_per_document": 64.0,
         "bytes": 2560,
     }
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a sparse and a multi-vector index, their models, and a query split encoded by each."""
+    folder = tmp_path_factory.mktemp("kinds")
+    collection = make_tiny_collection(folder)
+    for kind, model in (
+        ("sparse-exact", tiny_encoders.make_inference_free(folder / "sparse")),
+        ("maxsim-exact", tiny_encoders.make_multi_vector(folder / "multi")),
+    ):
+        build_index(kind, collection=collection, model=model, out=folder / kind)
+        encode(model, collection, folder / f"{kind}-queries", queries="test")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["sparse-exact", "maxsim-exact"])
+def test_ready_query_vectors_of_every_layout(
+    kind: str, kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = search_run(kinds / kind, kinds / "tiny", "test", tmp_path / "run", k=5)
+    vectors = kinds / f"{kind}-queries"
+    monkeypatch.setattr(Searcher, "load", lambda *arguments, **options: pytest.fail("encoded"))
+    monkeypatch.setattr(run_module, "_BATCH", 4)
+    ready = search_run(kinds / kind, kinds / "tiny", "test", tmp_path / "ready", k=5, vectors=vectors)
+    assert ready.query_ids == expected.query_ids and len(ready.query_ids) == 6
+    for (_, ids, scores), (_, ready_ids, ready_scores) in zip(expected, ready, strict=True):
+        assert ids == ready_ids
+        np.testing.assert_allclose(scores, ready_scores, rtol=1e-5)
+
+
+def test_queries_of_an_inference_free_model_run_no_network(kinds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hit's score is .3 · w3's weight in the document + 4.3 · w43's, whatever comes before in the batch."""
+    from transformers import BertForMaskedLM
+
+    vectors = Vectors.load(kinds / "sparse-exact.vectors")
+    documents = vectors.rows(0, 40).toarray()
+    searcher = Searcher.load(kinds / "sparse-exact")
+    monkeypatch.setattr(BertForMaskedLM, "forward", lambda *_, **__: pytest.fail("the network ran"))
+    doc_ids, scores = searcher.search_many(["w7", "w3 w43 w43 nowhere"], 40)
+    expected = 0.3 * documents[:, 5 + 3] + 4.3 * documents[:, 5 + 43]
+    rows = [int(doc_id[1:]) for doc_id in doc_ids[1]]
+    assert sorted(rows) == np.flatnonzero(expected > 0).tolist()
+    np.testing.assert_allclose(scores[1], expected[rows], rtol=1e-5)
+
+
+class Stand:
+    """An encoder that runs another way and says which model it stands for."""
+
+    def __init__(self, model: Path, stands_for: set[str]) -> None:
+        self._encoder = DenseEncoder.load(model)
+        self.layout, self.similarity = "dense", "cosine"
+        self.source, self.truncation = find_model(model), self._encoder.truncation
+        self.stands_for, self.encode = stands_for, self._encoder.encode
+
+    def ref(self) -> InputRef:
+        return InputRef("e" * 64, name="exported")
+
+
+def test_an_exported_model_may_stand_for_its_original(world: Path) -> None:
+    needed = Index.load(world / "flat").manifest.inputs["model"]["fingerprint"]
+    stand = Stand(world / "model", {"e" * 64, needed})
+    expected = Searcher.load(world / "flat").search("w3 w41", 5)
+    found = Searcher.load(world / "flat", model=stand).search("w3 w41", 5)  # type: ignore[arg-type]
+    assert [hit.doc_id for hit in found] == [hit.doc_id for hit in expected]
+    np.testing.assert_allclose([hit.score for hit in found], [hit.score for hit in expected], rtol=1e-5)
+    with pytest.raises(ArtifactError, match=rf"fingerprint eeeeeeeeeeee, needed {needed[:12]}"):
+        Searcher.load(world / "flat", model=Stand(world / "model", {"e" * 64}))  # type: ignore[arg-type]
+
+
+def test_no_torch_is_imported_by_what_searches() -> None:
+    """An index of vectors and a model that needs no torch must do without it."""
+    program = """
+import sys
+import retrieval_kd.search.run, retrieval_kd.search.searcher, retrieval_kd.indexes.build, retrieval_kd.indexes.bm25
+import retrieval_kd.indexes.faiss_index, retrieval_kd.indexes.sparse_exact, retrieval_kd.indexes.maxsim_exact
+import retrieval_kd.models.encoders, retrieval_kd.models.encode, retrieval_kd.models.vectors_of_texts
+print([name for name in ("torch", "transformers", "sentence_transformers") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,128 @@
+"""Sparse vectors in an inverted file: for each term the documents that have it, exact, memory-mapped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from retrieval_kd.artifact import Draft
+from retrieval_kd.data.vectors import sparse_rows
+from retrieval_kd.errors import InputError, UsageError
+from retrieval_kd.indexes.base import Index, IndexRecipe, Shape, Source, best_positive, check_k, write_rows
+
+if TYPE_CHECKING:
+    from retrieval_kd.data.collection import Collection
+
+_PARTS = ("indptr.npy", "documents.npy", "weights.npy")
+
+
+class SparseExactRecipe(IndexRecipe):
+    """No keys: dot product or cosine, as the vectors are to be compared. Nothing can change after the build."""
+
+    kind: Literal["sparse-exact"]
+
+
+class SparseExactIndex(Index):
+    """Exact dot products of learned sparse vectors (SPLADE, inference-free models), or cosines of them.
+
+    A query reads the lists of its own terms, and adds them up in float64 for one query at a time: memory holds 8 bytes
+    a document. A document is a hit when its score is above 0, so that one without a term of the query is none.
+    """
+
+    Recipe = SparseExactRecipe
+    takes: ClassVar[str] = "sparse"
+
+    @classmethod
+    def build(cls, recipe: SparseExactRecipe, source: Source, draft: Draft) -> None:
+        """Turns rows of documents into lists of terms, which needs the memory of all weights (12 bytes each).
+
+        Raises `InputError` when no document has a term, or for weights that are not finite.
+        """
+        if source.vectors is None:
+            raise UsageError("a sparse-exact index is built from vectors")
+        vectors = source.vectors
+        indptr, terms, weights = vectors.sparse
+        if not len(terms):
+            raise InputError(f"{vectors.path}: none of the {len(vectors)} documents has a term to index")
+        if not np.isfinite(weights).all():
+            raise InputError(f"{vectors.path}: has NaN or infinite weights; encode again")
+        if vectors.similarity == "cosine":
+            lengths = np.sqrt(np.bincount(_owners(indptr), weights.astype(np.float64) ** 2, len(vectors)))
+            weights = (weights / lengths[_owners(indptr)]).astype(np.float32)
+        by_term = sparse_rows(vectors.lengths, terms, weights, vectors.dimension).tocsc()
+        arrays = (by_term.indptr.astype(np.int64), by_term.indices.astype(np.int32), by_term.data)
+        for name, array in zip(_PARTS, arrays, strict=True):
+            np.save(draft.path / name, array)
+        draft.counts["documents"] = write_rows(draft.path, vectors.ids)
+        draft.counts["postings"] = len(terms)
+        draft.counts["documents_without_terms"] = int(np.count_nonzero(vectors.lengths == 0))
+        metric = "cosine" if vectors.similarity == "cosine" else "inner_product"
+        draft.details.update(metric=metric, dimension=vectors.dimension)
+
+    @classmethod
+    def estimate(cls, recipe: SparseExactRecipe, source: Collection | Shape) -> tuple[float, int]:
+        """Bytes a document (8 a term) and those of the table of terms."""
+        if not isinstance(source, Shape):
+            raise UsageError("a sparse-exact index is built from vectors")
+        return 8 * source.entries, 8 * (source.dimension + 1)
+
+    def open(self, recipe: SparseExactRecipe, search: Any) -> None:
+        """Memory-maps the lists."""
+        self._indptr, self._documents, self._weights = (np.load(self.path / part, mmap_mode="r") for part in _PARTS)
+        self._cosine = self.manifest.details["metric"] == "cosine"
+
+    @property
+    def dimension(self) -> int:
+        """The number of terms."""
+        return len(self._indptr) - 1
+
+    @property
+    def exact(self) -> bool:
+        """True: every document that shares a term with the query is scored."""
+        return True
+
+    def search(self, queries: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores [Q, k] and rows [Q, k] of a ``scipy.sparse.csr_array`` [Q, terms] of queries.
+
+        Scores are float64 sums rounded to float32. Raises `UsageError` for queries of another vocabulary or with NaN
+        or infinite weights.
+        """
+        check_k(k)
+        if queries.shape[1] != self.dimension:
+            raise UsageError(
+                f"queries have {queries.shape[1]} terms, this index takes {self.dimension}; "
+                "encode queries with the model of the index"
+            )
+        if not np.isfinite(queries.data).all():
+            raise UsageError("queries have NaN or infinite weights")
+        scores = np.full((queries.shape[0], k), -np.inf, dtype=np.float32)
+        rows = np.full((queries.shape[0], k), -1, dtype=np.int64)
+        for place in range(queries.shape[0]):
+            part = slice(queries.indptr[place], queries.indptr[place + 1])
+            of_all = self._dot_products(queries.indices[part], queries.data[part].astype(np.float64))
+            scores[place], rows[place] = best_positive(of_all, self.rank, k)
+        return scores, rows
+
+    def _dot_products(self, terms: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Scores [documents] float32 of one query."""
+        if self._cosine:
+            weights = weights / max(float(np.linalg.norm(weights)), 1e-12)
+        sums = np.zeros(len(self))
+        for term, weight in zip(terms.tolist(), weights.tolist(), strict=True):
+            part = slice(self._indptr[term], self._indptr[term + 1])
+            sums[self._documents[part]] += weight * self._weights[part].astype(np.float64)
+        return sums.astype(np.float32)
+
+    def problems(self) -> list[str]:
+        """Broken rows, lists that do not fit together, documents that are not there."""
+        found = super().problems()
+        if not len(self._documents) == len(self._weights) == self._indptr[-1]:
+            found.append(f"{self._indptr[-1]} postings but {len(self._documents)} rows, {len(self._weights)} weights")
+        if len(self._documents) and not 0 <= self._documents.min() <= self._documents.max() < len(self):
+            found.append(f"postings of documents that are not among the {len(self)}")
+        return found
+
+
+def _owners(indptr: np.ndarray) -> np.ndarray:
+    return np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
