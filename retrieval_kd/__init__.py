@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from retrieval_kd.indexes.base import Index
     from retrieval_kd.indexes.build import build_index
     from retrieval_kd.models.encode import encode
+    from retrieval_kd.models.export import export_model
     from retrieval_kd.models.load import Model
     from retrieval_kd.pipeline import run_pipeline
+    from retrieval_kd.queries.make import make_queries
     from retrieval_kd.search.run import search_run
     from retrieval_kd.search.searcher import Hit, Searcher
     from retrieval_kd.students.train import train
@@ -65,7 +67,9 @@ __all__ = [
     "encode",
     "ensemble_scores",
     "evaluate",
+    "export_model",
     "make_collection",
+    "make_queries",
     "merge_scores",
     "run_pipeline",
     "score",
@@ -98,8 +102,10 @@ _HOMES = {
     "indexes.base": ("Index",),
     "indexes.build": ("build_index",),
     "models.encode": ("encode",),
+    "models.export": ("export_model",),
     "models.load": ("Model",),
     "pipeline": ("run_pipeline",),
+    "queries.make": ("make_queries",),
     "search.run": ("search_run",),
     "search.searcher": ("Hit", "Searcher"),
     "students.train": ("train",),

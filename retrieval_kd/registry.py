@@ -39,15 +39,47 @@ TEACHERS = {
     ),
     "sparse": Entry("retrieval_kd.teachers.sparse:SparseTeacher", "dot product of learned sparse vectors"),
 }
+QUERIES = {
+    "api": Entry(
+        "retrieval_kd.queries.api:ApiQueries", "queries by a model behind an OpenAI-compatible endpoint", "api"
+    ),
+    "first-sentence": Entry("retrieval_kd.queries.first_sentence:FirstSentenceQueries", "a document's first sentence"),
+    "ict": Entry("retrieval_kd.queries.ict:ICTQueries", "random sentences or runs of words of a document"),
+    "llm": Entry("retrieval_kd.queries.llm:LLMQueries", "queries by a language model that is asked by a prompt"),
+    "query-log": Entry("retrieval_kd.queries.query_log:QueryLog", "the queries of a log, without documents or qrels"),
+    "seq2seq": Entry(
+        "retrieval_kd.queries.seq2seq:Seq2SeqQueries", "queries sampled from an encoder-decoder (doc2query)"
+    ),
+    "title": Entry("retrieval_kd.queries.title:TitleQueries", "a document's title"),
+}
 STUDENTS = {
     "cross-encoder": Entry(
         "retrieval_kd.students.cross_encoder:CrossEncoderStudent", "a re-ranker, fine-tuned or distilled"
     ),
     "dense": Entry("retrieval_kd.students.dense:DenseStudent", "a bi-encoder: one vector a text"),
+    "late-interaction": Entry(
+        "retrieval_kd.students.late_interaction:LateInteractionStudent", "a vector a token, MaxSim (ColBERT, XTR)"
+    ),
+    "llm-listwise": Entry(
+        "retrieval_kd.students.llm_listwise:ListwiseStudent",
+        "a language model that ranks by its first token (FIRST)",
+        "lora",
+    ),
+    "prettr": Entry("retrieval_kd.students.prettr:PreTTRStudent", "a re-ranker with document layers computed ahead"),
+    "query-tower": Entry(
+        "retrieval_kd.students.query_tower:QueryTowerStudent", "a small query encoder for a large model's index"
+    ),
+    "splade": Entry("retrieval_kd.students.splade:SpladeStudent", "learned sparse vectors over the vocabulary"),
+    "splade-doc": Entry(
+        "retrieval_kd.students.splade_doc:SpladeDocStudent", "learned sparse documents, queries without a network"
+    ),
+    "tk": Entry("retrieval_kd.students.tk:TKStudent", "a re-ranker by kernels, without a pre-trained transformer"),
 }
 INDEXES = {
     "bm25": Entry("retrieval_kd.indexes.bm25:BM25Index", "BM25 without a JVM (bm25s)"),
     "faiss": Entry("retrieval_kd.indexes.faiss_index:FaissIndex", "any FAISS factory string over dense vectors", "cpu"),
+    "maxsim-exact": Entry("retrieval_kd.indexes.maxsim_exact:MaxSimExactIndex", "exact MaxSim over token vectors"),
+    "sparse-exact": Entry("retrieval_kd.indexes.sparse_exact:SparseExactIndex", "exact products of sparse vectors"),
 }
 EVALUATIONS = {
     "evaluation": Entry(
@@ -59,6 +91,7 @@ PIPELINES = {
 }
 
 STAGES: dict[str, dict[str, Entry]] = {
+    "queries": QUERIES,
     "teachers": TEACHERS,
     "students": STUDENTS,
     "indexes": INDEXES,

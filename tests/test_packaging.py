@@ -108,9 +108,7 @@ def test_extras_that_are_named_exist() -> None:
 def test_every_stage_has_its_recipes_in_the_wheel() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     carried = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    assert carried == {
-        stage: f"retrieval_kd/recipes/{stage}" for stage in ("teachers", "students", "indexes", "eval", "pipelines")
-    }
+    assert carried == {stage: f"retrieval_kd/recipes/{stage}" for stage in STAGES}
     assert set(carried) == set(STAGES)
 
 

@@ -79,7 +79,7 @@ def test_unfinished_run_goes_on(world: dict[str, str], tmp_path: Path, monkeypat
         def interrupted(*_: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(DenseEncoder, "encode_documents", interrupted)
+        patch.setattr(DenseEncoder, "encode", interrupted)
         run_pipeline(name, out)
     before = manifests(out)
     assert set(before) == {"collection"}

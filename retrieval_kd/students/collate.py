@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retrieval_kd.errors import ArtifactError, InputError
-from retrieval_kd.students.base import Batch, Groups
+from retrieval_kd.students.base import Batch
 from retrieval_kd.students.groups import TrainingQuery, draw
+from retrieval_kd.students.sampling import Groups
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
     from retrieval_kd.data.vectors import Vectors
-    from retrieval_kd.students.base import Student
+    from retrieval_kd.students.base import TrainerStudent
 
 
 class TeacherVectors:
@@ -37,34 +39,54 @@ class TeacherVectors:
             else:
                 self._queries.update(zip(file.ids, file.matrix, strict=True))
 
-    def complete(self, queries: Sequence[TrainingQuery]) -> bool:
-        """Whether documents and all of ``queries`` have vectors."""
-        return self.documents is not None and all(query.query_id in self._queries for query in queries)
+    @property
+    def dimension(self) -> int:
+        """The length of a vector."""
+        some = self.documents if self.documents is not None else next(iter(self._queries.values()))
+        return int(some.shape[-1])
+
+    def complete(self, queries: Sequence[TrainingQuery], *, documents: bool = True) -> bool:
+        """Whether all of ``queries`` have vectors, and the documents too."""
+        return (self.documents is not None or not documents) and all(q.query_id in self._queries for q in queries)
 
     def check_dimension(self, student: int) -> None:
         """Raises `InputError` when the teacher's vectors are not as long as the student's."""
-        teacher = student if self.documents is None else self.documents.shape[1]
-        if teacher != student:
+        if self.dimension != student:
             raise InputError(
-                f"loss 'embedding': the teacher's vectors have {teacher} dimensions, the student's {student}; "
+                f"loss 'embedding': the teacher's vectors have {self.dimension} dimensions, the student's {student}; "
                 "take a student of the teacher's dimension, or learn from its scores (kl, margin-mse)"
             )
 
     def of(self, queries: Sequence[TrainingQuery], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Vectors of queries [B, d] and of document rows [U, d]; unit length when the teacher compares by cosine."""
-        assert self.documents is not None
-        found = np.stack([self._queries[query.query_id] for query in queries]), np.asarray(self.documents[rows])
+        documents = np.zeros((0, self.dimension), dtype=np.float32) if self.documents is None else self.documents
+        found = np.stack([self._queries[query.query_id] for query in queries]), np.asarray(documents[rows])
         if self.similarity == "dot":
             return found
         queries_, documents = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in found)
         return queries_, documents
 
 
+def without_weights(model: Any) -> Any:
+    """A copy of ``model`` that can tokenise and nothing else: what worker processes get, in place of its weights."""
+    import torch
+
+    tensors = [*model.parameters(), *model.buffers()]
+    shapes = {id(tensor): torch.empty_like(tensor, device="meta", requires_grad=False) for tensor in tensors}
+    parameters = {
+        id(tensor): torch.nn.Parameter(shapes[id(tensor)], requires_grad=False) for tensor in model.parameters()
+    }
+    return copy.deepcopy(model, {**shapes, **parameters})
+
+
 @dataclass
 class GroupCollator:
-    """The trainer's data collator: rows ``{query, visit}`` in, tokenised texts and labels out."""
+    """The trainer's data collator: rows ``{query, visit}`` in, tokenised texts and labels out.
 
-    student: Student
+    A function of the rows and the seed alone, so that it gives the same in any process.
+    """
+
+    student: TrainerStudent
     model: Any
     collection: Collection
     queries: Sequence[TrainingQuery]
@@ -79,6 +101,7 @@ class GroupCollator:
 
         batch = self.batch(rows)
         labels = {
+            "query": torch.tensor([row["query"] for row in rows]),
             "column": torch.from_numpy(batch.column),
             "present": torch.from_numpy(batch.present),
             "teacher": torch.from_numpy(batch.teacher),

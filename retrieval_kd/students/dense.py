@@ -1,160 +1,159 @@
-"""The dense student: one vector a text, compared by cosine (with a scale) or dot product."""
+"""The dense student: queries and documents encoded by one network, to vectors and by layers that may be cut."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from retrieval_kd.errors import RecipeError
 from retrieval_kd.recipe import Section
-from retrieval_kd.students.base import Batch, Student, StudentRecipe
+from retrieval_kd.students.single_vector import SingleVectorRecipe, SingleVectorStudent
 
 if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from retrieval_kd.losses.objective import Outputs
-
-_TEXTS_AT_ONCE = 32
-
-
-class Scale(Section):
-    """What a cosine is multiplied by before a loss sees it: cosines alone cannot reach a teacher's margins."""
-
-    initial: float = Field(default=20.0, gt=0)
-    learned: bool = True
+    from retrieval_kd.students.objective import Objective
 
 
-class DenseStudent(Student):
-    """A `SentenceTransformer` bi-encoder; encodes queries and documents with one network."""
+class Matryoshka(Section):
+    """Vectors that can be cut (Kusupati et al. 2022): the losses also on the first ``dimensions`` of a vector.
 
-    class Recipe(StudentRecipe):
-        """Keys of ``kind: dense``."""
+    ``weights`` are those of the dimensions, 1 where not given. The whole vector always counts, with weight 1 unless it
+    is among the dimensions.
+    """
+
+    dimensions: list[int] = Field(min_length=1)
+    weights: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Matryoshka:
+        if min(self.dimensions) < 1 or len(set(self.dimensions)) < len(self.dimensions):
+            raise ValueError(f"dimensions must be different numbers above 0 (got {self.dimensions})")
+        if self.weights is not None and (len(self.weights) != len(self.dimensions) or min(self.weights) <= 0):
+            raise ValueError(f"weights must be one number above 0 for each of {self.dimensions} (got {self.weights})")
+        return self
+
+    def weighted(self, whole: int) -> dict[int, float]:
+        """Every dimension's weight, that of the ``whole`` vector too."""
+        weights = self.weights or [1.0] * len(self.dimensions)
+        return {whole: 1.0, **dict(zip(self.dimensions, weights, strict=True))}
+
+
+class DenseStudent(SingleVectorStudent):
+    """A `SentenceTransformer` bi-encoder."""
+
+    class Recipe(SingleVectorRecipe):
+        """Keys of ``kind: dense``.
+
+        ``exits`` are numbers of layers after which the model can be cut, ``exit_weight`` weighs what an exit learns
+        from the last layer. ``relations_from`` is the teacher network of a loss 'minilm-relations'.
+        """
 
         kind: Literal["dense"]
-        pooling: Literal["mean", "cls", "lasttoken"] = "mean"
         similarity: Literal["cosine", "dot"] = "cosine"
-        scale: Scale = Scale()
-        prompts: dict[Literal["query", "document"], str] = Field(default_factory=dict)
+        matryoshka: Matryoshka | None = None
+        exits: list[int] = Field(default_factory=list)
+        exit_weight: float = Field(default=1.0, ge=0)
+        relations_from: str | None = None
+
+        def other_models(self) -> dict[str, str]:
+            """The relations' teacher."""
+            return {} if self.relations_from is None else {"relations_from": self.relations_from}
+
+        @model_validator(mode="after")
+        def _goes_together(self) -> DenseStudent.Recipe:
+            kinds = {term.kind for term in self.losses}
+            if ("minilm-relations" in kinds) != (self.relations_from is not None):
+                raise ValueError("loss 'minilm-relations' and relations_from (the teacher's model) go together")
+            if self.matryoshka and self.exits:
+                raise ValueError("give one of matryoshka and exits")
+            if (self.matryoshka or self.exits) and kinds & {"taid", "minilm-relations"}:
+                raise ValueError(
+                    "with matryoshka or exits a loss is computed several times: not 'taid', 'minilm-relations'"
+                )
+            if self.matryoshka and self.similarity == "dot":
+                raise ValueError("matryoshka: cut vectors are compared by cosine; set similarity: cosine")
+            if self.matryoshka and kinds & {"embedding", "mi-alpha"}:
+                raise ValueError("matryoshka: losses 'embedding' and 'mi-alpha' need vectors of one length")
+            return self
 
     recipe: Recipe
 
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.similarity = recipe.similarity
+
     def start(self) -> BaseModel:
-        """The base model cut to ``layers``; a plain transformer gets a pooling layer on top."""
-        from sentence_transformers import SentenceTransformer
-        from sentence_transformers.base.modules import Normalize, Transformer
-        from sentence_transformers.sentence_transformer.modules import Pooling
-
-        from retrieval_kd.models.layers import keep_layers
-        from retrieval_kd.models.load import find_model
-
-        path = find_model(self.recipe.base).path
-        if (path / "modules.json").is_file():
-            model = SentenceTransformer(str(path), similarity_fn_name=self.recipe.similarity)
-        else:
-            network = Transformer(str(path))
-            pooling = Pooling(network.get_embedding_dimension(), pooling_mode=self.recipe.pooling)
-            model = SentenceTransformer(modules=[network, pooling], similarity_fn_name=self.recipe.similarity)
-        if self.recipe.similarity == "dot":
-            model = SentenceTransformer(
-                modules=[module for module in model if not isinstance(module, Normalize)],
-                similarity_fn_name="dot",
-                prompts=model.prompts,
+        """The base model; `RecipeError` where the recipe asks for dimensions or layers that it does not have."""
+        model: Any = super().start()
+        dimension = int(model.get_embedding_dimension())
+        if self.recipe.matryoshka and max(self.recipe.matryoshka.dimensions) > dimension:
+            raise RecipeError(
+                f"matryoshka.dimensions: {self.recipe.matryoshka.dimensions}: the model's vectors have {dimension}"
             )
-        if self.recipe.layers is not None:
-            keep_layers(model[0].auto_model, self.recipe.layers)
-        if self.recipe.prompts:
-            model.prompts = {**model.prompts, **self.recipe.prompts}
-        if self.recipe.query_length is not None:
-            model[0].query_length = self.recipe.query_length
-        if self.recipe.document_length is not None:
-            model[0].document_length = self.recipe.document_length
+        if self.recipe.exits:
+            from retrieval_kd.students.exits import check_exits
+
+            check_exits(model, self.recipe.exits)
+        if self.recipe.relations_from is not None:
+            from retrieval_kd.students.relations import RelationTeacher
+
+            self._relation_teacher = RelationTeacher(self.recipe.relations_from, model)
         return model
 
-    def trainer(self) -> tuple[type[Any], type[Any]]:
-        """`SentenceTransformerTrainer`."""
-        from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    def loss(self, objective: Objective) -> nn.Module:
+        """The objective; over several lengths of vectors or several exits where the recipe says so."""
+        if self.recipe.exits:
+            from retrieval_kd.students.exits import MultiExitLoss
 
-        return SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+            return MultiExitLoss(objective, self.recipe.exits, self.recipe.exit_weight)
+        if self.recipe.matryoshka is None:
+            return objective
+        from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
-    def tokenize(self, model: BaseModel, batch: Batch) -> dict[str, Any]:
-        """``query_*`` [B, …] and ``document_*`` [U, …] features."""
-        features = {}
-        for task, texts in (("query", batch.queries), ("document", batch.documents)):
-            prompt = (model.prompts or {}).get(task) or None
-            for key, value in model.preprocess(texts, prompt=prompt, task=task).items():
-                features[f"{task}_{key}"] = value
-        return features
+        from retrieval_kd.students.objective import InParts, Summed
 
-    def extra_parameters(self) -> dict[str, Tensor]:
-        """The logarithm of the scale, for a cosine student whose scale is learned."""
-        import torch
-
-        if self.recipe.similarity == "dot" or not self.recipe.scale.learned:
-            return {}
-        return {"log_scale": torch.tensor(self.recipe.scale.initial).log()}
+        model: Any = InParts(objective)
+        weights = self.recipe.matryoshka.weighted(model.get_embedding_dimension())
+        return MatryoshkaLoss(model, Summed(objective, model), list(weights), matryoshka_weights=list(weights.values()))
 
     def outputs(self, model: Any, parameters: Any, features: Any, labels: dict[str, Tensor]) -> Outputs:
-        """Encodes B queries and U documents once; every group's scores are a look-up in [B, U]."""
-        import torch
+        """The forward pass; with the last layer's states where a loss compares their relations."""
+        if self.recipe.relations_from is None:
+            return super().outputs(model, parameters, features, labels)
+        from retrieval_kd.students.relations import outputs_with_relations
 
-        from retrieval_kd.losses.objective import Outputs
+        return outputs_with_relations(self, self._relation_teacher, model, parameters, features, labels)
 
-        queries = _vectors(model, features[0])
-        documents = _vectors(model, features[1])
-        if self.recipe.similarity == "cosine":
-            queries = torch.nn.functional.normalize(queries, dim=1)
-            documents = torch.nn.functional.normalize(documents, dim=1)
-            scale = parameters["log_scale"].exp() if "log_scale" in parameters else self.recipe.scale.initial
-        else:
-            scale = 1.0
-        batch_scores = scale * (queries @ documents.T)
-        column, present, teacher = labels["column"], labels["present"], labels["teacher"]
-        positive = column[:, 0]
-        own = torch.nn.functional.one_hot(positive, batch_scores.shape[1]).bool()
-        teacher_vectors = batch_teacher = None
-        if "teacher_queries" in labels:
-            teacher_vectors = torch.cat([labels["teacher_queries"], labels["teacher_documents"]])
-            batch_teacher = labels["teacher_queries"] @ labels["teacher_documents"].T
-        return Outputs(
-            scores=batch_scores.gather(1, column),
-            present=present,
-            teacher=teacher,
-            known=present & teacher.isfinite(),
-            batch_scores=batch_scores,
-            batch_allowed=own | ~labels["relevant"],
-            positive=positive,
-            batch_teacher=batch_teacher,
-            vectors=torch.cat([queries, documents]),
-            teacher_vectors=teacher_vectors,
-        )
+    def save(self, model: Any, folder: Path) -> None:
+        """Writes the finished model, and its exits as models of their own in ``exit-LAYERS``."""
+        super().save(model, folder)
+        if self.recipe.exits:
+            from retrieval_kd.students.exits import save_exits
 
-    def development_scores(self, model: Any, queries: Sequence[str], documents: Sequence[str]) -> np.ndarray:
-        """Similarities [queries, documents] without the scale."""
-        q = model.encode_query(list(queries), show_progress_bar=False)
-        d = model.encode_document(list(documents), show_progress_bar=False)
-        if self.recipe.similarity == "cosine":
-            q, d = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (q, d))
-        return np.asarray(q @ d.T, dtype=np.float32)
+            save_exits(model, self.recipe.exits, folder)
 
     def settings(self, parameters: dict[str, float]) -> dict[str, Any]:
-        """Similarity and the scale that training ended with."""
-        scale = float(np.exp(parameters["log_scale"])) if "log_scale" in parameters else self.recipe.scale.initial
-        return {"similarity": self.recipe.similarity, "scale": scale if self.recipe.similarity == "cosine" else 1.0}
+        """Similarity, scale, and what the vectors and the layers can be cut to."""
+        settings = super().settings(parameters)
+        if self.recipe.matryoshka:
+            settings["dimensions"] = sorted(self.recipe.matryoshka.dimensions)
+        if self.recipe.exits:
+            settings["exits"] = sorted(self.recipe.exits)
+        return settings
 
-
-def _vectors(model: Any, features: dict[str, Tensor]) -> Tensor:
-    """Vectors [n, d] of n texts, run through the network in parts of similar length: padding costs as much as text."""
-    import torch
-
-    lengths = features["attention_mask"].sum(dim=1)
-    order = lengths.argsort()
-    tensors = {key: value for key, value in features.items() if torch.is_tensor(value)}
-    others = {key: value for key, value in features.items() if key not in tensors}
-    vectors = []
-    for part in order.split(_TEXTS_AT_ONCE):
-        width = int(lengths[part].max())
-        vectors.append(model({**others, **{k: v[part, :width] for k, v in tensors.items()}})["sentence_embedding"])
-    return torch.cat(vectors)[order.argsort()]
+    def notes(self) -> list[str]:
+        """What can be cut, and how it is loaded then."""
+        notes = []
+        if self.recipe.matryoshka:
+            least = min(self.recipe.matryoshka.dimensions)
+            cuts = ", ".join(map(str, sorted(self.recipe.matryoshka.dimensions)))
+            notes.append(f"Its vectors can be cut to {cuts} dimensions: `SentenceTransformer(…, truncate_dim={least})`")
+        if self.recipe.exits:
+            exits = ", ".join(f"`exit-{layers}`" for layers in sorted(self.recipe.exits))
+            notes.append(f"{exits}: the model after that many layers, for queries and documents alike")
+        return notes

@@ -12,7 +12,7 @@ from retrieval_kd.data.collection import Collection
 from retrieval_kd.data.vectors import Vectors, write_vectors
 from retrieval_kd.errors import ArtifactError
 from retrieval_kd.students.base import Groups
-from retrieval_kd.students.collate import GroupCollator, TeacherVectors
+from retrieval_kd.students.collate import GroupCollator, TeacherVectors, without_weights
 from retrieval_kd.students.dense import DenseStudent
 from retrieval_kd.students.groups import TrainingQuery
 
@@ -23,7 +23,12 @@ MODEL = tiny.reference("aa")
 def training_query(number: int, rows: list[int], scores: list[float], relevant: list[int]) -> TrainingQuery:
     name = f"train-{number}"
     return TrainingQuery(
-        name, f"text {number}", np.array(rows), np.array(scores, dtype=np.float32), np.isin(rows, relevant)
+        name,
+        f"text {number}",
+        np.array(rows),
+        np.array(scores, dtype=np.float32),
+        np.isin(rows, relevant),
+        np.flatnonzero(np.isin(rows, relevant)),
     )
 
 
@@ -109,3 +114,20 @@ def test_teacher_vectors_that_do_not_fit(collection: Collection, tmp_path: Path)
     elsewhere = tiny.make_tiny_collection(tmp_path, "elsewhere")
     with pytest.raises(ArtifactError, match="of another collection"):
         TeacherVectors([documents], elsewhere)
+
+
+def test_a_copy_without_weights_tokenises_alike(dense: Path) -> None:
+    """Worker processes get the tokenizer, prompts and lengths; no weight is copied or shared."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(dense), prompts={"query": "query: "})
+    copy = without_weights(model)
+    assert all(tensor.is_meta for tensor in [*copy.parameters(), *copy.buffers()])
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    for task in ("query", "document"):
+        prompt = model.prompts.get(task)
+        found = copy.preprocess(["w1 w2 w3", "w4"], prompt=prompt, task=task)
+        expected = model.preprocess(["w1 w2 w3", "w4"], prompt=prompt, task=task)
+        assert found.keys() == expected.keys()
+        assert torch.equal(found["input_ids"], expected["input_ids"])

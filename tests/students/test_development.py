@@ -67,10 +67,12 @@ def test_a_tenth_is_held_out_against_the_teacher(caplog: pytest.LogCaptureFixtur
 def test_against_the_teacher(collection: Collection) -> None:
     """Held are queries 2 and 3: relevant are 2 and 3, the pool holds 2 to 5; ranked 5, 4, 3, 2."""
     settings = Development(against="teacher", measure="RR@10")
-    found = evaluator(Planned(), settings, collection, queries(4)[2:], own_pools=False, seed=0)
+    found = evaluator(Planned(), settings, collection, queries(4)[2:], seed=0)
     assert found is not None and [pool.tolist() for pool in found.pools] == [[2, 3, 4, 5]] * 2
     assert found(None)["development"] == pytest.approx((1 / 4 + 1 / 3) / 2)
-    own = evaluator(Planned(), settings, collection, queries(4)[2:], own_pools=True, seed=0)
+    reranker = Planned()
+    reranker.reranks = True  # type: ignore[misc]
+    own = evaluator(reranker, settings, collection, queries(4)[2:], seed=0)
     assert own is not None and [pool.tolist() for pool in own.pools] == [[2, 3, 4], [3, 4, 5]]
     assert own(None)["development"] == pytest.approx(1 / 3)
 
@@ -78,20 +80,20 @@ def test_against_the_teacher(collection: Collection) -> None:
 def test_against_labels(collection: Collection) -> None:
     """All 40 documents: dev-i's relevant d0i has rank 40 − i."""
     settings = Development(against="qrels", split="dev", measure="RR")
-    found = evaluator(Planned(), settings, collection, [], own_pools=False, seed=0)
+    found = evaluator(Planned(), settings, collection, [], seed=0)
     assert found is not None and found.pools[0].tolist() == list(range(40))
     assert found.texts == [f"w{i} w{40 + i}" for i in range(6)]
     assert found(None)["development"] == pytest.approx(np.mean([1 / (40 - i) for i in range(6)]))
-    small = evaluator(Planned(), settings.model_copy(update={"documents": 10}), collection, [], False, 0)
+    small = evaluator(Planned(), settings.model_copy(update={"documents": 10}), collection, [], 0)
     assert small is not None and len(small.pools[0]) == 10 and set(range(6)) <= set(small.pools[0].tolist())
 
 
 def test_nothing_to_evaluate_on(collection: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert evaluator(Planned(), Development(against="nothing"), collection, [], False, 0) is None
-    assert evaluator(Planned(), Development(against="teacher"), collection, [], False, 0) is None
+    assert evaluator(Planned(), Development(against="nothing"), collection, [], 0) is None
+    assert evaluator(Planned(), Development(against="teacher"), collection, [], 0) is None
     with pytest.raises(InputError, match="no split 'development'"):
-        evaluator(Planned(), Development(against="qrels", split="development"), collection, [], False, 0)
+        evaluator(Planned(), Development(against="qrels", split="development"), collection, [], 0)
     irrelevant = {f"dev-{i}": {"d00": 0} for i in range(tiny.QUERIES["dev"])}
     monkeypatch.setattr(Collection, "qrels", lambda self, split: irrelevant)
     with pytest.raises(InputError, match="no query of split 'dev' has a relevant document"):
-        evaluator(Planned(), Development(against="qrels", split="dev"), collection, [], False, 0)
+        evaluator(Planned(), Development(against="qrels", split="dev"), collection, [], 0)

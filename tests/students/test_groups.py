@@ -1,37 +1,27 @@
 from __future__ import annotations
 
-import logging
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from retrieval_kd.artifact import Plan
-from retrieval_kd.data.collection import Collection
-from retrieval_kd.data.run import Run
-from retrieval_kd.data.scores import Scores, write_shard
-from retrieval_kd.errors import InputError
 from retrieval_kd.students.base import Groups
-from retrieval_kd.students.groups import TrainingQuery, draw, training_queries
+from retrieval_kd.students.groups import TrainingQuery, draw
+
+GROUPS_BY_LABELS = Groups.model_validate({"positive": "qrels", "false_negatives": {"margin": 0}, "documents": 8})
+DRAWN = [[0, 7, 5, 8], [0, 4, 3, 5]]
 
 
-def query(relevant: list[int], number: int = 9) -> TrainingQuery:
-    """Candidates in rows 100, 101, …, best first; ``relevant`` are positions."""
-    scores = np.arange(number, 0, -1, dtype=np.float32)
-    return TrainingQuery("q", "text", np.arange(100, 100 + number), scores, np.isin(np.arange(number), relevant))
+def query(relevant: list[int], number: int = 9, scores: Sequence[float] | None = None) -> TrainingQuery:
+    """Candidates in rows 100, 101, …, best first; ``relevant`` are positions, and the positives if there are any."""
+    values = np.array(range(number, 0, -1) if scores is None else scores, dtype=np.float32)
+    places = np.arange(len(values))
+    return TrainingQuery("q", "text", 100 + places, values, np.isin(places, relevant), np.array(relevant or [0]))
 
 
 def drawn(query: TrainingQuery, visits: int = 200, **settings: object) -> np.ndarray:
     return np.array([draw(query, Groups.model_validate(settings), (0, 0, visit)) for visit in range(visits)])
-
-
-def make_scores(out: Path, rows: dict[str, dict[str, float]]) -> Scores:
-    with Plan("scores", {"kind": "made", "name": out.name}, {}).write(out) as draft:
-        values = [np.array(list(docs.values())) for docs in rows.values()]
-        write_shard(
-            draft.path / "shard-00000-of-00001.parquet", list(rows), [list(d) for d in rows.values()], values, {}
-        )
-    return Scores.load(out)
 
 
 def test_hardest_by_the_teacher() -> None:
@@ -76,50 +66,78 @@ def test_a_draw_depends_on_seed_query_and_visit_alone() -> None:
     assert others != {tuple(one)}
 
 
-def test_order_and_scores_by_the_teacher(collection: Collection, tmp_path: Path) -> None:
-    """The first file's score of d03 stays; a document of the run alone has none and comes last."""
-    first = make_scores(tmp_path / "one", {"train-0": {"d03": 1.0, "d01": 5.0}})
-    second = make_scores(tmp_path / "two", {"train-0": {"d03": 9.0, "d02": 3.0}, "dev-0": {"d01": 1.0, "d02": 2.0}})
-    run = Run.from_hits(["train-0"], [["d09", "d01"]], [np.array([2.0, 1.0])])
-    (found,) = training_queries(collection, "train", Groups(), [first, second], run)
-    assert (found.query_id, found.text) == ("train-0", "w0 w40")
-    assert found.rows.tolist() == [1, 2, 3, 9]
-    np.testing.assert_array_equal(found.scores, np.array([5, 3, 1, np.nan], dtype=np.float32))
-    assert not found.relevant.any()
+def test_draws_stay_what_they_were() -> None:
+    """A seed's draws are part of what makes a student: these were made before lists could be mixed and filtered."""
+    groups = Groups(documents=4)
+    assert [draw(query([]), groups, (7, 3, visit)).tolist() for visit in (0, 1)] == DRAWN
 
 
-def test_relevant_documents_join_their_querys_candidates(collection: Collection) -> None:
-    run = Run.from_hits(["train-4"], [["d01", "d02"]], [np.array([2.0, 1.0])])
-    (found,) = training_queries(collection, "train", Groups(positive="qrels"), [], run)
-    assert found.rows.tolist() == [1, 2, 4]
-    assert found.relevant.tolist() == [False, False, True]
+def test_top_random_draws_from_the_pool() -> None:
+    """The best three others are 1, 2 and 3: each pair of them is drawn."""
+    groups = drawn(query([]), negatives="top-random", pool=3, documents=3)
+    assert set(map(tuple, np.sort(groups[:, 1:]))) == {(1, 2), (1, 3), (2, 3)}
 
 
-def test_queries_left_out_are_counted_and_said(
-    collection: Collection, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    scores = make_scores(tmp_path / "scores", {"train-0": {"d00": 1.0, "d01": 5.0}, "train-1": {"d01": 1.0}})
-    run = Run.from_hits(["train-2"], [["d01", "d02"]], [np.array([2.0, 1.0])])
-    with caplog.at_level(logging.WARNING, "retrieval_kd"):
-        found = training_queries(collection, "train", Groups(), [scores], run)
-    assert [query.query_id for query in found] == ["train-0"]
-    assert caplog.messages == [
-        "27 of 30 queries of 'train' have no candidates and are left out: 'train-3', 'train-4', 'train-5', …",
-        "1 of 30 queries of 'train' have no negative and are left out: 'train-1'",
-        "1 of 30 queries of 'train' have no teacher's score and are left out: 'train-2'",
-    ]
+def test_range_is_of_ranks() -> None:
+    """Ranks 3 to 5 are positions 2 to 4; fewer than asked for are all drawn."""
+    assert set(map(tuple, np.sort(drawn(query([]), range=[3, 5], documents=8)))) == {(0, 2, 3, 4)}
+    assert (drawn(query([]), range=[3, 5], negatives="hardest", documents=3) == [0, 2, 3]).all()
 
 
-def test_queries_without_a_negative_by_labels(
-    collection: Collection, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = Run.from_hits(["train-0", "train-1"], [["d00"], ["d05"]], [np.array([1.0]), np.array([1.0])])
-    with caplog.at_level(logging.WARNING, "retrieval_kd"):
-        found = training_queries(collection, "train", Groups(positive="qrels"), [], run)
-    assert [query.query_id for query in found] == ["train-1"]
-    assert "1 of 30 queries of 'train' have no negative and are left out: 'train-0'" in caplog.messages
+def test_margin_bins_are_equally_wide() -> None:
+    """Of scores 9.9, 9.8, …, 9.1 and 0 in two bins, 0 is alone in its bin: drawn half of the time."""
+    values = [10, *(9.9 - 0.1 * i for i in range(9)), 0]
+    groups = drawn(query([], scores=values), 1000, negatives="margin-bins", bins=2, documents=2)
+    assert (groups[:, 0] == 0).all()
+    assert abs((groups[:, 1] == 10).mean() - 0.5) < 0.05
+    assert set(groups[:, 1]) == set(range(1, 11))
+    whole = drawn(query([], scores=[*values, np.nan]), 20, negatives="margin-bins", bins=2, documents=20)
+    assert set(map(tuple, np.sort(whole))) == {tuple(range(11))}  # without the unscored one, none twice
 
 
-def test_nothing_to_train_on(collection: Collection, candidates: Path) -> None:
-    with pytest.raises(InputError, match=r"no query of split 'dev' can be trained on \(6 queries"):
-        training_queries(collection, "dev", Groups(positive="qrels"), [], Run.load(candidates))
+def test_margin_bins_of_equal_scores() -> None:
+    assert set(drawn(query([], scores=[1, 1, 1]), negatives="margin-bins", documents=2)[:, 1]) == {1, 2}
+
+
+@pytest.mark.parametrize(("rule", "kept"), [({"margin": 1.5}, [2, 3]), ({"relative": 0.5}, [3])])
+def test_false_negatives_are_never_drawn(rule: dict[str, float], kept: list[int]) -> None:
+    """The positive has 10: with margin 1.5 those above 8.5 go, with half of it those above 5, and the unscored one."""
+    values = [10, 9, 8.5, 5, np.nan]
+    groups = drawn(query([], scores=values), 20, false_negatives=rule, documents=8)
+    assert set(map(tuple, np.sort(groups))) == {(0, *kept)}
+
+
+def test_false_negatives_follow_the_positive() -> None:
+    """Relevant are the scores 9 and 3: beside 9 both others are drawn, beside 3 only 1."""
+    groups = [draw(query([0, 2], scores=[9, 5, 3, 1]), GROUPS_BY_LABELS, (0, 0, visit)).tolist() for visit in range(30)]
+    assert {tuple(sorted(group)) for group in groups} == {(0, 1, 3), (2, 3)}
+
+
+def test_labels_are_avoided_with_the_teachers_positive() -> None:
+    """Judged relevant are 1 and 4, neither is drawn; 0 stays the positive."""
+    places = np.arange(6)
+    judged = TrainingQuery("q", "t", places, 9.0 - places, np.isin(places, [1, 4]))
+    groups = drawn(judged, 20, labels="avoid", documents=6)
+    assert (groups[:, 0] == 0).all() and set(map(tuple, np.sort(groups))) == {(0, 2, 3, 5)}
+
+
+def test_a_positive_alone() -> None:
+    assert drawn(query([], 1), 3, documents=4).tolist() == [[0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"range": [5, 2]}, r"range: \[5, 2\] ends before it starts"),
+        ({"range": [0, 2]}, "greater than or equal to 1"),
+        ({"pool": 5}, "pool belongs to 'negatives: top-random', not to 'random'"),
+        ({"bins": 5, "negatives": "spread"}, "bins belongs to 'negatives: margin-bins'"),
+        ({"positives": "all"}, "positives: all needs 'positive: qrels'"),
+        ({"reweight": {}}, r"give what they start with, as mix: \[1, 1\]"),
+        ({"mix": [1, 0]}, "greater than 0"),
+        ({"false_negatives": {}}, "give one of margin and relative"),
+    ],
+)
+def test_groups_that_cannot_be(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Groups.model_validate(values)

@@ -46,7 +46,7 @@ def test_info_nce_ranks_the_positive_first(fit: Trained, candidates: Path, colle
         inputs={"candidates": candidates},
         groups={"documents": 4, "positive": "qrels"},
         losses=[{"kind": "info-nce"}],
-        steps=30,
+        steps=40,
         batch_size=15,
         learning_rate=1e-2,
     )
@@ -56,7 +56,7 @@ def test_info_nce_ranks_the_positive_first(fit: Trained, candidates: Path, colle
 
 @pytest.mark.parametrize(
     "loss",
-    [{"kind": "margin-mse", "teacher_scale": 20}, {"kind": "kl", "teacher_temperature": 0.05}],
+    [{"kind": "margin-mse", "target": {"scale": 20}}, {"kind": "kl", "teacher_temperature": 0.05}],
     ids=["margin-mse", "kl"],
 )
 def test_scores_are_learned(

@@ -1,0 +1,129 @@
+"""The verbs that make a student: `queries` to train on, `train`, and `export` of what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from retrieval_kd.options import Collection, DryRun, Force, Json, MaybeCollection, Out, Overrides, Verbose
+from retrieval_kd.output import make, show_plan
+
+students_app = typer.Typer()
+
+
+@students_app.command()
+def queries(
+    recipe: Annotated[str, typer.Argument(help="A recipe for queries: a file, or the name of a shipped one.")],
+    collection: Collection,
+    out: Out,
+    query_log: Annotated[
+        Path | None,
+        typer.Option("--query-log", metavar="FILE", help="The .txt, .tsv or .jsonl that kind query-log reads."),
+    ] = None,
+    overrides: Overrides = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    verbose: Verbose = None,
+) -> None:
+    """Make a collection with synthetic queries: from its documents, or from a query log.
+
+    \b
+    Example: retrieval-kd queries queries/ict --collection pydocs --set replace=true --out runs/queries
+    """
+    from retrieval_kd.queries.make import estimate_queries, make_queries
+
+    inputs: dict[str, Any] = {"collection": collection, "query_log": query_log, "overrides": overrides or ()}
+    if dry_run:
+        return show_plan("queries", recipe, overrides, estimate_queries(recipe, **inputs), as_json)
+    make(out, lambda: make_queries(recipe, **inputs, out=out, force=force), as_json)
+
+
+@students_app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A student recipe: a file, or the name of a shipped one.")],
+    collection: Collection,
+    out: Out,
+    scores: Annotated[
+        list[Path] | None, typer.Option("--scores", metavar="S", help="Teacher scores; may be given many times.")
+    ] = None,
+    candidates: Annotated[
+        Path | None, typer.Option("--candidates", metavar="RUN", help="A run that negatives are drawn from.")
+    ] = None,
+    teacher_vectors: Annotated[
+        list[Path] | None, typer.Option("--teacher-vectors", metavar="V", help="A teacher's vectors to imitate.")
+    ] = None,
+    overrides: Overrides = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    verbose: Verbose = None,
+) -> None:
+    """Train a student, or fine-tune a teacher.
+
+    \b
+    Example: retrieval-kd train students/demo --collection pydocs --scores runs/scores --out runs/model
+    """
+    from retrieval_kd.students.train import estimate_train, train
+
+    inputs: dict[str, Any] = {
+        "collection": collection,
+        "scores": scores or (),
+        "candidates": candidates,
+        "teacher_vectors": teacher_vectors or (),
+        "overrides": overrides or (),
+    }
+    if dry_run:
+        return show_plan("students", recipe, overrides, estimate_train(recipe, **inputs), as_json)
+    make(out, lambda: train(recipe, **inputs, out=out, force=force), as_json)
+
+
+@students_app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A model artifact, a sentence-transformers directory, a hub name or builtin.")
+    ],
+    out: Out,
+    format: Annotated[str, typer.Option("--format", metavar="F", help="onnx (float32) or onnx-int8.")] = "onnx",
+    collection: MaybeCollection = None,
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="S", help="Compare nDCG@10 on this split of the collection too.")
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option("--documents", metavar="N", help="Search in N documents only: relevant ones, others.")
+    ] = None,
+    max_ndcg_loss: Annotated[
+        float | None, typer.Option("--max-ndcg-loss", help="nDCG@10 it may lose on the split. [0.001; int8: 0.01]")
+    ] = None,
+    min_cosine: Annotated[
+        float | None, typer.Option("--min-cosine", help="Of each vector with the original's. [0.9999; int8: 0.9]")
+    ] = None,
+    max_difference: Annotated[
+        float | None, typer.Option("--max-difference", help="Of a number of a vector, or of a score. [0.001; int8: –]")
+    ] = None,
+    min_kendall_tau: Annotated[
+        float | None, typer.Option("--min-kendall-tau", help="Of a cross-encoder's order of pairs. [0.999; int8: 0.8]")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    verbose: Verbose = None,
+) -> None:
+    """Export a model to ONNX, checked against the original: it then encodes and searches without torch.
+
+    \b
+    Example: retrieval-kd export runs/model --format onnx-int8 --collection C --split test --out runs/model-int8
+    """
+    from retrieval_kd.models.export import export_model
+    from retrieval_kd.models.parity import tolerance_of
+
+    allowed = tolerance_of(
+        format,
+        max_ndcg_loss=max_ndcg_loss,
+        min_cosine=min_cosine,
+        max_difference=max_difference,
+        min_kendall_tau=min_kendall_tau,
+    )
+    how: dict[str, Any] = {"collection": collection, "split": split, "documents": documents, "tolerance": allowed}
+    make(out, lambda: export_model(model, format=format, out=out, **how, force=force), as_json)
