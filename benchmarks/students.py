@@ -30,7 +30,7 @@ from retrieval_kd import (
 )
 from retrieval_kd.eval.significance import resampled_means
 
-COMMON = ["base=builtin", "layers=[0,5]", "query_length=32", "document_length=128", "batch_size=16", "precision=bf16"]
+COMMON = ["base=builtin", "layers=[0,5]", "query_length=32", "batch_size=16", "precision=bf16"]
 COMMON += ["groups={documents: 4, positive: qrels, negatives: random}", "development={against: nothing}"]
 KL = "losses=[{kind: kl}]"
 LABELS = "losses=[{kind: info-nce}]"
@@ -49,12 +49,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--datasets", nargs="+", default=["scifact", "nfcorpus"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--document-length", type=int, default=64)
     parser.add_argument("--work", type=Path, default=Path("runs/bench-students"))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     found = {name: _dataset(name, arguments) for name in arguments.datasets}
-    print(json.dumps({"steps": arguments.steps, "common": COMMON, "datasets": found}, indent=2))
+    budget = {"steps": arguments.steps, "document_length": arguments.document_length, "common": COMMON}
+    print(json.dumps({**budget, "datasets": found}, indent=2))
 
 
 def _dataset(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def _dataset(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
     for kind in arguments.kinds:
         for how in ("start", "distilled", "labels"):
-            run, facts = _student(kind, how, work, collection, teacher["train"], arguments.steps)
+            run, facts = _student(kind, how, work, collection, teacher["train"], arguments)
             runs[f"{kind}, {how}"] = run
             rows[f"{kind}, {how}"] = facts
     overrides = ["measures=[nDCG@10, R@100]"]
@@ -119,13 +121,14 @@ def _teacher(work: Path, collection: Any, split: str) -> Path:
 
 
 def _student(
-    kind: str, how: str, work: Path, collection: Any, teacher: Path, steps: int
+    kind: str, how: str, work: Path, collection: Any, teacher: Path, budget: argparse.Namespace
 ) -> tuple[Path, dict[str, Any]]:
     """The test run of a student that is trained, encoded and searched exactly; and what it costs."""
     home = work / f"{kind}-{how}"
     index, overrides = KINDS[kind]
     losses = LABELS if how == "labels" else KL
-    overrides = [*COMMON, *overrides, losses, f"steps={0 if how == 'start' else steps}"]
+    steps = 0 if how == "start" else budget.steps
+    overrides = [*COMMON, *overrides, losses, f"steps={steps}", f"document_length={budget.document_length}"]
     inputs: dict[str, Any] = {"candidates": work / "bm25-train"} if how == "labels" else {"scores": [teacher]}
     model = train(f"students/{kind}", collection=collection, **inputs, out=home / "model", overrides=overrides)
     vectors = encode(model.path, collection, home / "vectors")
@@ -145,7 +148,7 @@ def _costs(home: Path, vectors: Any, collection: Any) -> dict[str, Any]:
 
         queries = encode(home / "model", collection, home / "query-vectors", queries="test")
         of_queries, of_documents = (
-            SimpleNamespace(lengths=v.lengths, terms=v.sparse.indices) for v in (queries, vectors)
+            SimpleNamespace(lengths=v.lengths, terms=v.sparse.terms) for v in (queries, vectors)
         )
         cost = sparse_cost(of_queries, of_documents)
         facts["nonzeros_per_document"] = round(cost.document_terms, 1)

@@ -7,6 +7,7 @@ name the nearest valid key. There is no code in YAML.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -159,6 +160,9 @@ def _explain(schema: type[BaseModel], detail: Any, place: str) -> str:
         return f"{place}: unknown key '{key}'{did_you_mean(location[-1], valid) if valid else ''}"
     if detail["type"] == "missing":
         return f"{place}: '{key}' is missing"
+    if detail["type"] == "union_tag_invalid":
+        tags = re.findall(r"'([^']+)'", detail["ctx"]["expected_tags"])
+        return f"{place}: {key}: unknown kind '{detail['ctx']['tag']}'{did_you_mean(detail['ctx']['tag'], tags)}"
     got = "" if isinstance(detail.get("input"), dict) else f" (got {detail.get('input')!r})"
     where = f"{place}: {key}" if key else place
     return f"{where}: {detail['msg'].removeprefix('Value error, ')}{got}"

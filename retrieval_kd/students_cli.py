@@ -64,7 +64,7 @@ def train(
     """Train a student, or fine-tune a teacher.
 
     \b
-    Example: retrieval-kd train students/demo --collection pydocs --scores runs/scores --out runs/model
+    Example: retrieval-kd train students/dense --collection C --scores runs/scores --out runs/model
     """
     from retrieval_kd.students.train import estimate_train, train
 

@@ -135,6 +135,24 @@ def test_vectors_compared_by_hand() -> None:
     }
 
 
+def test_texts_without_a_token_have_nothing_to_differ_in() -> None:
+    empty = MultiVectors(np.array([0, 0]), np.empty((0, 2), np.float32), LOST)
+    assert compare_vectors([empty], [empty]) == {"difference": 0.0, "cosine": 1.0}
+
+
+def test_an_order_that_was_lost_is_noticed(shared: Path, tmp_path: Path) -> None:
+    """Equal scores have no order to keep, but an export that gives all pairs one score has lost torch's."""
+    falling, equal = np.array([3.0, 2.0, 1.0]), np.array([2.0, 2.0, 2.0])
+    lost = compare_scores(falling, equal)
+    assert lost == {"difference": 1.0, "kendall_tau": 0.0}
+    assert tolerance_of("onnx-int8").broken(lost) == ["kendall tau is 0, allowed 0.8"]
+    assert compare_scores(equal, equal) == {"difference": 0.0}
+    one = tiny_encoders.make_collection_of(tmp_path, ["w1 w2"])
+    source = tiny_export.original(shared, "cross-encoder")
+    parity = export_model(source, format="onnx", out=tmp_path / "out", collection=one).manifest.details["parity"]
+    assert "kendall_tau" not in parity and parity["compared_documents"] == 1
+
+
 def test_maxsim_search_by_hand(collection: Collection) -> None:
     """Query tokens (1,0) and (0,1); a document scores its largest first number plus its largest second one."""
     rows = collection.documents.rows(["d02", "d01", "d00"])

@@ -185,3 +185,10 @@ def test_names_in_messages() -> None:
     assert did_you_mean("zzz", ["b", "a"]) == " (valid: a, b)"
     assert first(["a", "b", "c"]) == "'a', 'b', 'c'"
     assert first(range(5)) == "0, 1, 2, …"
+
+
+def test_an_unknown_kind_in_a_list_names_the_nearest(tmp_path: Path) -> None:
+    recipe = tmp_path / "student.yaml"
+    recipe.write_text("kind: dense\nbase: builtin\nlosses: [{kind: infonce}]\n")
+    with pytest.raises(RecipeError, match=r"losses\.0: unknown kind 'infonce' \(did you mean 'info-nce'\?\)"):
+        load_recipe(str(recipe), "students")

@@ -11,7 +11,7 @@ class MovingTarget(torch.nn.Module):
 
     t follows a line over ``passes`` forward passes, and never falls behind it; above it t grows by
     ``adaptation·sigmoid(m)·(1 - t)`` a pass, with m the moving average (``momentum``) of the loss's relative fall.
-    With several processes each moves its own t by its own batches.
+    Several processes each move t by their own batches, and the driver takes the mean of theirs after every step.
     """
 
     t: Tensor

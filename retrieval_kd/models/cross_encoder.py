@@ -41,7 +41,10 @@ def load_cross_encoder(
                 "(in a teacher's recipe: backend: torch)"
             )
         if max_length is not None:
-            raise InputError(f"model '{source.name}' has a length for queries and one for documents; omit max_length")
+            raise InputError(
+                f"model '{source.name}' has a length for queries and one for documents; "
+                "omit max_length (--set max_length=null)"
+            )
         with quiet_loading():
             return CrossEncoder(
                 str(source.path),

@@ -36,7 +36,11 @@ class BiEncoderStudent(TrainerStudent):
         return self.outputs_of([self.embed(model, of_texts) for of_texts in features], parameters, labels)
 
     def outputs_of(self, embeddings: list[Any], parameters: Any, labels: dict[str, Tensor]) -> Outputs:
-        """The same for embeddings of queries and documents that are there."""
+        """The same for embeddings of queries and documents that are there; compared in float32, inside autocast too."""
+        with torch.autocast(embeddings[0].device.type, enabled=False):
+            return self._compared([at_least_float32(vectors) for vectors in embeddings], parameters, labels)
+
+    def _compared(self, embeddings: list[Tensor], parameters: Any, labels: dict[str, Tensor]) -> Outputs:
         queries, documents = embeddings
         column, present, teacher = labels["column"], labels["present"], labels["teacher"]
         batch_scores = None
@@ -86,3 +90,8 @@ class BiEncoderStudent(TrainerStudent):
         """``run`` over n texts as the recipe's ``texts_at_once`` and ``recompute`` say (see `parts.in_parts`)."""
         recipe = self.recipe
         return in_parts(run, features, self.token_counts(features), recipe.texts_at_once, recompute=recipe.recompute)
+
+
+def at_least_float32(vectors: Tensor) -> Tensor:
+    """``vectors`` as float32 where they are of half precision: a score is the difference of large numbers."""
+    return vectors.float() if vectors.dtype in (torch.bfloat16, torch.float16) else vectors

@@ -51,8 +51,9 @@ def model_card(
         "pipeline_tag": hub.pipeline,
         "tags": [hub.library, *hub.tags, "knowledge-distillation", "retrieval_kd"],
     }
-    if recipe.base != "builtin" and recipe.base.count("/") == 1:
-        front["base_model"] = recipe.base
+    base = inputs.refs["base"].name or ""
+    if "/" in base:
+        front["base_model"] = base
     sections = [
         f"# A {recipe.kind} student trained with retrieval_kd",
         "\n".join([*_origin(recipe), *notes]),
@@ -85,11 +86,10 @@ def _teaching(recipe: StudentRecipe, inputs: TrainingInputs) -> list[str]:
     if recipe.losses:
         losses = ", ".join(f"{term.kind} (weight {term.weight:g})" for term in recipe.losses)
         lines.append(f"- Losses: {losses}")
-    positive = "by the labels" if recipe.groups.positive == "qrels" else "the teacher's best document"
     fingerprints = ", ".join(f"{name} `{ref.fingerprint[:12]}`" for name, ref in sorted(inputs.refs.items()))
     return [
         *lines,
-        f"- Groups of {recipe.groups.documents} documents, positive {positive}; {recipe.batch_size} queries a step",
+        f"- {_groups(recipe, inputs)}; {recipe.batch_size} queries a step",
         f"- Learning rate {recipe.learning_rate:g}, seed {recipe.seed}; every step is in `training_log.csv`",
         f"- Made from: {fingerprints}",
         "",
@@ -97,11 +97,23 @@ def _teaching(recipe: StudentRecipe, inputs: TrainingInputs) -> list[str]:
     ]
 
 
+def _groups(recipe: StudentRecipe, inputs: TrainingInputs) -> str:
+    if inputs.queries_alone:
+        return "Queries alone, no documents"
+    positive = "by the labels" if recipe.groups.positive == "qrels" else "the teacher's best document"
+    return f"Groups of {recipe.groups.documents} documents, positive {positive}"
+
+
 def _teacher(scores: Scores) -> str:
     details, counts = scores.manifest.details, scores.manifest.counts
-    model = details.get("model") or "several"
-    name = f"`{model}`" if model == details.get("teacher") else f"`{model}` ({details.get('teacher', 'imported')})"
+    members = details.get("members")
+    name = f"an ensemble of {', '.join(map(_named, members.values()))}" if members else _named(details)
     return f"{name}, {scores.score_kind} of {counts['pairs']:,} pairs, fingerprint `{scores.fingerprint[:12]}`"
+
+
+def _named(details: Mapping[str, Any]) -> str:
+    model, teacher = details.get("model") or "several", details.get("teacher") or "imported"
+    return f"`{model}`" if model == teacher else f"`{model}` ({teacher})"
 
 
 def _results(recipe: StudentRecipe, development: Sequence[float]) -> list[str]:

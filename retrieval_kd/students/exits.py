@@ -16,6 +16,7 @@ from torch import Tensor
 from retrieval_kd.errors import RecipeError
 from retrieval_kd.losses.on_scores import kl_divergence
 from retrieval_kd.models.layers import keep_layers
+from retrieval_kd.students.bi_encoder import at_least_float32
 
 if TYPE_CHECKING:
     from retrieval_kd.students.objective import Objective
@@ -46,9 +47,13 @@ class MultiExitLoss(torch.nn.Module):
         """The last exit's losses by their keys, and ``exit-2/KEY`` and ``exit-2/last`` of an exit after two layers."""
         student: Any = self.objective.student
         queries, documents = (
-            student.in_parts(lambda part: embed_exits(self.model, part, self.exits), column).unbind(1)
+            at_least_float32(student.in_parts(lambda part: embed_exits(self.model, part, self.exits), column)).unbind(1)
             for column in features
         )
+        with torch.autocast(queries[0].device.type, enabled=False):
+            return self._losses(student, queries, documents, labels)
+
+    def _losses(self, student: Any, queries: Any, documents: Any, labels: dict[str, Tensor]) -> dict[str, Tensor]:
         final = student.compare(queries[-1], documents[-1], self.objective.extra).detach()
         everything = torch.ones_like(final, dtype=torch.bool)
         losses = dict(self.objective.compute_loss_from_embeddings([queries[-1], documents[-1]], labels))

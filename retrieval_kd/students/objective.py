@@ -45,6 +45,15 @@ class LossModule(torch.nn.Module):
             )
         return losses
 
+    def check_weights(self, step: int) -> None:
+        """Raises `DivergedError` when a weight is no number: a loss would show it only in the next batch."""
+        bad = [name for name, weight in self.named_parameters() if not bool(weight.isfinite().all())]
+        if bad:
+            raise DivergedError(
+                f"training diverged: {len(bad)} weights are NaN or infinite after step {step} ({first(bad)}); lower "
+                "learning_rate or the loss's weight, or raise its temperature"
+            )
+
     def own_state(self) -> dict[str, Tensor]:
         """Everything learned or kept here that is not the model's."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}

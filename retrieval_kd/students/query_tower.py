@@ -38,6 +38,7 @@ class QueryTowerStudent(SingleVectorStudent):
         """Keys of ``kind: query-tower``. The similarity is the teacher's; ``against: teacher`` measures the cosine."""
 
         queries_alone: ClassVar[bool] = True
+        goal: ClassVar[str] = "the teacher's vectors of queries held out"
 
         kind: Literal["query-tower"]
         losses: list[LossTerm] = Field(
@@ -72,7 +73,7 @@ class QueryTowerStudent(SingleVectorStudent):
         if not inputs.vectors:
             raise UsageError(
                 "a query-tower learns the teacher's vectors: give --teacher-vectors QUERIES "
-                "(retrieval-kd encode MODEL COLLECTION --queries SPLIT)"
+                "(retrieval-kd encode MODEL --collection C --queries SPLIT)"
             )
         self.teach(TeacherVectors(inputs.vectors, inputs.collection))
         self.model = inputs.vectors[0].model_ref
@@ -159,5 +160,5 @@ class QueryTowerStudent(SingleVectorStudent):
         name = f" `{self.model.name}`" if self.model.name else ""
         return [
             f"For queries alone, in indexes whose documents the model{name} encoded "
-            f"(fingerprint `{self.model.fingerprint[:12]}`)"
+            f"(fingerprint `{self.model.fingerprint[:12]}`)."
         ]

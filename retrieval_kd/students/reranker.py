@@ -100,5 +100,6 @@ class OwnNetwork(Reranker):
         """How it is loaded, as it needs this package."""
         return [
             "Its network is a module of retrieval_kd: where that is installed, "
-            "`CrossEncoder(PATH, trust_remote_code=True)` loads it."
+            "`CrossEncoder(PATH, trust_remote_code=True)` loads it.",
+            "`retrieval-kd score teachers/cross-encoder --set model=MODEL --set max_length=null` scores with it.",
         ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from retrieval_kd.errors import RecipeError
 from retrieval_kd.recipe import Section
 from retrieval_kd.students.base import StudentRecipe
 from retrieval_kd.students.bi_encoder import BiEncoderStudent
@@ -66,6 +67,13 @@ class SingleVectorStudent(BiEncoderStudent):
             pooling = Pooling(network.get_embedding_dimension(), pooling_mode=self.recipe.pooling)
             return SentenceTransformer(modules=[network, pooling], similarity_fn_name=self.similarity)
         model = SentenceTransformer(str(path), similarity_fn_name=self.similarity)
+        if "pooling" in self.recipe.model_fields_set:
+            own = [module for module in model if isinstance(module, Pooling)]
+            if own and own[0].pooling_mode != self.recipe.pooling:
+                raise RecipeError(
+                    f"pooling: {self.recipe.pooling}: the base '{self.recipe.base}' pools by "
+                    f"'{own[0].pooling_mode}' already; leave the key out"
+                )
         if self.similarity == "cosine":
             return model
         kept = [module for module in model if not isinstance(module, Normalize)]

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from retrieval_kd.errors import UsageError
 from retrieval_kd.losses.objective import WeightedLosses
 from retrieval_kd.models.encoder import quiet_loading
+from retrieval_kd.models.positions import cap_lengths
 from retrieval_kd.students.base import Fitted
 from retrieval_kd.students.collate import GroupCollator, without_weights
 from retrieval_kd.students.development import held_out
@@ -41,8 +42,9 @@ def fit(student: TrainerStudent, inputs: TrainingInputs, draft: Draft) -> Fitted
     recipe = inputs.recipe
     with quiet_loading():
         model = student.start()
+    cut = cap_lengths(model)
     if recipe.steps == 0:
-        return Fitted(model, student.settings({}))
+        return Fitted(model, student.settings({}) | cut)
     if recipe.lora:
         from retrieval_kd.models.lora import add_lora
 
@@ -89,7 +91,7 @@ def fit(student: TrainerStudent, inputs: TrainingInputs, draft: Draft) -> Fitted
 
         merge_lora(trained[0].auto_model)
     counts = {"queries": len({query.query_id for query in queries}), "steps": steps} | counts
-    return Fitted(trained, student.settings(objective.values()), trainer.state.log_history, counts)
+    return Fitted(trained, student.settings(objective.values()) | cut, trainer.state.log_history, counts)
 
 
 def train_to_the_end(trainer: Any, objective: LossModule) -> Any:
@@ -190,7 +192,10 @@ def checkpoint_activations(model: Any) -> None:
 def _freeze_unused(objective: Objective, inputs: dict[str, Any]) -> None:
     """Freezes weights that no loss depends on (BERT's pooler): processes would wait for their gradients for ever."""
     features, labels = BaseTrainer.collect_features(None, inputs)
+    training = objective.training
+    objective.eval()  # a moving target stays where it is
     torch.stack(list(objective(features, labels).values())).sum().backward()
+    objective.train(training)
     for parameter in objective.model.parameters():
         if parameter.grad is None:
             parameter.requires_grad_(False)
@@ -240,7 +245,8 @@ class KeepState(TrainerCallback):
             self.objective.load(folder)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Writes the state beside the checkpoint."""
+        """Writes the state beside the checkpoint; `DivergedError` where a weight is no number (it counts as none)."""
+        self.objective.check_weights(state.global_step)
         if state.is_world_process_zero:
             self.objective.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 

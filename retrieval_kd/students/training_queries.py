@@ -135,7 +135,7 @@ class _Sieve:
     ) -> list[TrainingQuery]:
         """The query as it is visited: not at all, once, or once for each positive."""
         by_labels = self.groups.positive == "qrels"
-        if by_labels:
+        if self.groups.reads_labels:  # also where none is drawn: another query's document may be one
             missing = relevant[~np.isin(relevant, rows)]
             rows = np.concatenate([rows, missing])
             values = np.concatenate([values, np.full(len(missing), np.nan, dtype=np.float32)])

@@ -150,6 +150,7 @@ def test_the_same_log_elsewhere_is_the_same_work(source: Collection, tmp_path: P
         ("log.jsonl", b'{"text": "one"}\n{"text": \n', r"log.jsonl:2: not valid JSON"),
         ("log.jsonl", b'\n{"query": "one"}\n', r"log.jsonl:2: .* has no text 'text' \(--set field"),
         ("log.jsonl", b'{"text": 5}\n', "log.jsonl:1: .* has no text 'text'"),
+        ("log.jsonl", b"[" * 100_000, "log.jsonl:1: not valid JSON"),
         ("log.jsonl", b"[1]\n", "log.jsonl:1: .* has no text 'text'"),
         ("log.tsv", b"1\tone\n2\n", r"log.tsv:2: 1 tab-separated columns, the query is in column 2"),
         ("log.txt", b"one\n\xff\n", "log.txt:2: not valid UTF-8"),

@@ -14,9 +14,11 @@ from retrieval_kd.data.run import Run
 from retrieval_kd.data.sources import make_collection
 from retrieval_kd.data.vectors import write_vectors
 from retrieval_kd.errors import ArtifactError, InputError, OutputExistsError, UsageError
+from retrieval_kd.indexes.base import Index
 from retrieval_kd.indexes.build import build_index
 from retrieval_kd.models.encode import encode
 from retrieval_kd.models.encoder import DenseEncoder
+from retrieval_kd.models.export import export_model
 from retrieval_kd.search.run import search_run
 from retrieval_kd.search.searcher import Searcher
 
@@ -89,6 +91,27 @@ def test_queries_without_hits_are_counted_and_named(
     assert run.query_ids == ["q1"]
     with pytest.raises(ArtifactError, match="is not the collection that"):
         search_run(world / "bm25", collection, "test", tmp_path / "other")
+
+
+def test_vectors_of_a_model_that_stands_for_the_indexs(world: Path, tmp_path: Path) -> None:
+    """A query tower for the index's model, and its export, search the index by text or by ready vectors alike."""
+    needed = Index.load(world / "flat").manifest.inputs["model"]["fingerprint"]
+    tower = make_dense(tmp_path / "tower", seed=4)
+    teacher = {"kind": "query-tower", "queries_for": {"fingerprint": needed, "similarity": "cosine"}}
+    (tower / "retrieval_kd.json").write_text(json.dumps(teacher))
+    exported = export_model(tower, format="onnx", out=tmp_path / "exported").path
+    for model in (tower, exported):
+        ready = encode(model, world / "tiny", tmp_path / f"{model.name}-queries", queries="test")
+        assert needed in ready.manifest.details["stands_for"]
+        by_vectors = search_run(
+            world / "flat", world / "tiny", "test", tmp_path / f"{model.name}-ready", k=10**12, vectors=ready.path
+        )
+        by_texts = search_run(world / "flat", world / "tiny", "test", tmp_path / f"{model.name}-run", model=model)
+        for (_, ids, scores), (_, ready_ids, ready_scores) in zip(by_texts, by_vectors, strict=True):
+            assert ids == ready_ids and len(ids) == 40
+            np.testing.assert_allclose(scores, ready_scores, rtol=1e-5)
+    with pytest.raises(UsageError, match="or a model, not both"):
+        search_run(world / "flat", world / "tiny", "test", tmp_path / "both", model=tower, vectors=ready.path)
 
 
 def test_ready_vectors_spare_the_encoding(world: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from retrieval_kd.errors import InputError, UsageError
 from retrieval_kd.models.load import Model
 from retrieval_kd.students.base import Groups
 from retrieval_kd.students.development import PoolEvaluator
+from retrieval_kd.students.groups import allowed_negatives
 from retrieval_kd.students.training_queries import TrainingQueries, training_queries
 
 Trained = Callable[..., Model]
@@ -209,6 +210,10 @@ def test_labels_are_avoided(two_relevant: Collection, tmp_path: Path) -> None:
     (avoided,) = read(two_relevant, [scores], labels="avoid", documents=2).queries
     assert avoided.rows[avoided.relevant].tolist() == [1, 3] and avoided.positives.tolist() == [0]
     assert not read(two_relevant, [scores], documents=2).queries[0].relevant.any()
+    unseen = file(tmp_path / "unseen", {"q": {"d0": 4.0, "d1": 3.0, "d4": 1.0}})
+    (avoided,) = read(two_relevant, [unseen], labels="avoid", documents=2).queries
+    assert avoided.rows[avoided.relevant].tolist() == [1, 3], "another query of the batch may bring d3"
+    assert avoided.rows[allowed_negatives(avoided, Groups(labels="avoid"), 0)].tolist() == [4]
 
 
 @pytest.mark.parametrize(

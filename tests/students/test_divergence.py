@@ -49,3 +49,11 @@ def test_nan_before_any_checkpoint(fit: Trained, scores: Path, monkeypatch: pyte
     monkeypatch.setattr(DenseStudent, "compare", lambda self, q, d, p: (q @ d.T) * float("inf"))
     with pytest.raises(RetrievalKDError, match="no checkpoint was written before"):
         fit(inputs={"scores": [scores]}, losses=[{"kind": "kl"}])
+
+
+def test_weights_that_are_no_numbers_are_never_a_checkpoint(fit: Trained, scores: Path, tmp_path: Path) -> None:
+    """The loss of the only step is a number; what the step makes of the weights is not."""
+    out = tmp_path / "student"
+    with pytest.raises(RetrievalKDError, match=r"weights are NaN or infinite after step 1 .*no checkpoint was written"):
+        fit(out=out, inputs={"scores": [scores]}, losses=[{"kind": "kl"}], learning_rate=1e38, warmup=0, steps=1)
+    assert not out.exists()

@@ -12,10 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from tiny_dense import features_and_labels, make_batch, make_student
 
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.errors import UsageError
+from retrieval_kd.losses.objective import WeightedLosses
+from retrieval_kd.losses.terms import TAID
 from retrieval_kd.models.load import Model
+from retrieval_kd.students.objective import Objective
+from retrieval_kd.students.trainer import _freeze_unused
 
 Trained = Callable[..., Model]
 LOSSES = [{"kind": "margin-mse", "target": {"scale": 20}}, {"kind": "kl", "teacher_temperature": 0.05}]
@@ -101,3 +106,19 @@ def test_bf16_follows_fp32(steady: Path, fit: Trained, scores: Path) -> None:
 def test_a_batch_that_cannot_be_divided_is_refused(steady: Path, fit: Trained, scores: Path) -> None:
     with pytest.raises(UsageError, match="8 queries cannot be divided into 3 equal parts"):
         fit(inputs={"scores": [scores]}, **recipe(steady, accumulate=3))
+
+
+def test_looking_for_unused_weights_moves_no_target(steady: Path) -> None:
+    """The pooler is frozen; TAID's t has not been moved, nor has dropout been turned off."""
+    student, model, _ = make_student(steady)
+    objective = Objective(student, model, WeightedLosses([TAID(kind="taid")], passes=10)).train()
+    features, labels = features_and_labels(student, model, make_batch())
+    columns = {
+        f"{task}_{key}": value
+        for task, part in zip(("query", "document"), features, strict=True)
+        for key, value in part.items()
+    }
+    _freeze_unused(objective, {**columns, "label": labels})
+    frozen = [name for name, weights in model.named_parameters() if not weights.requires_grad]
+    assert frozen and all("pooler" in name for name in frozen)
+    assert int(objective.losses.states["taid"].passed) == 0 and objective.training

@@ -11,7 +11,7 @@ import tiny
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.data.score_formats.convert import convert_scores
 from retrieval_kd.data.vectors import write_vectors
-from retrieval_kd.errors import InputError, RetrievalKDError, UsageError
+from retrieval_kd.errors import InputError, RecipeError, RetrievalKDError, UsageError
 from retrieval_kd.models.encoder import DenseEncoder
 from retrieval_kd.models.load import Model
 
@@ -80,3 +80,8 @@ def test_diverged_training_is_an_error(fit: Trained, scores: Path, tmp_path: Pat
     base = tiny.spoil(tiny.make_dense(tmp_path / "spoilt"))
     with pytest.raises(RetrievalKDError, match="diverged"):
         fit(inputs={"scores": [scores]}, losses=[{"kind": "kl"}], base=str(base), steps=4)
+
+
+def test_a_base_keeps_its_pooling(fit: Trained, scores: Path) -> None:
+    with pytest.raises(RecipeError, match=r"pooling: cls: the base '.*' pools by 'mean' already; leave the key out"):
+        fit(inputs={"scores": [scores]}, losses=[{"kind": "kl"}], pooling="cls")
