@@ -73,6 +73,11 @@ def encode(
     encoder = open_encoder(model) if isinstance(model, str | Path) else model
     if half and encoder.layout != "multi-vector":
         raise UsageError(f"half is for the token vectors of late-interaction models; these are {encoder.layout}")
+    if encoder.queries_for and not queries:
+        raise UsageError(
+            f"model '{encoder.source.name}' is a query tower: it never learned documents, whose vectors are those of "
+            "its teacher; give --queries SPLIT"
+        )
     similarity = encoder.similarity  # one that no index knows is refused before hours of encoding
     recipe = {"kind": "encode", "of": "queries" if queries else "documents", "split": queries}
     plan = Plan(

@@ -146,10 +146,15 @@ class Encoder:
     @property
     def stands_for(self) -> set[str]:
         """The fingerprints of the models whose queries it may encode: its own, and a query tower's teacher."""
+        return {self.source.fingerprint} | ({self.queries_for} if self.queries_for else set())
+
+    @cached_property
+    def queries_for(self) -> str | None:
+        """The fingerprint of the model whose indexes a query tower searches; None for a model that reads documents."""
         file = self.source.path / SETTINGS
         settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         teacher = settings.get("queries_for")
-        return {self.source.fingerprint} | ({teacher["fingerprint"]} if teacher else set())
+        return str(teacher["fingerprint"]) if teacher else None
 
     def ref(self) -> InputRef:
         """The model as an artifact's input."""
@@ -263,6 +268,19 @@ def quiet_loading() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def new_parts_expected() -> Iterator[None]:
+    """Hides the report of weights that transformers did not find: the caller starts a new part on purpose."""
+    from transformers.utils import logging
+
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(shown)
 
 
 def token_lengths(

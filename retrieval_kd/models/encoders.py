@@ -42,6 +42,10 @@ class TextEncoder(Protocol):
     def stands_for(self) -> set[str]:
         """The fingerprints of the models whose queries it may encode: its own, and the one it was exported from."""
 
+    @property
+    def queries_for(self) -> str | None:
+        """The fingerprint of the model whose indexes a query tower searches; None for a model that reads documents."""
+
     def ref(self) -> InputRef:
         """The model as an artifact's input."""
 

@@ -65,8 +65,13 @@ class Exported:
         Its own, that of the model it was made from and, of an exported query tower, that of the tower's teacher.
         """
         original = Manifest.read(self.source.path).inputs["model"]["fingerprint"]
+        return {self.source.fingerprint, original} | ({self.queries_for} if self.queries_for else set())
+
+    @property
+    def queries_for(self) -> str | None:
+        """The fingerprint of the model whose indexes a query tower searches; None for a model that reads documents."""
         teacher = self.settings.get("queries_for")
-        return {self.source.fingerprint, original} | ({teacher["fingerprint"]} if teacher else set())
+        return str(teacher["fingerprint"]) if teacher else None
 
     def bare(self) -> Self:
         """The same model without what follows the network: pruning of sparse vectors, pooling of tokens."""

@@ -35,14 +35,16 @@ class CrossEncoderStudent(Reranker):
         import torch
         from sentence_transformers import CrossEncoder
 
+        from retrieval_kd.models.encoder import new_parts_expected
         from retrieval_kd.models.layers import keep_layers
         from retrieval_kd.models.load import find_model
 
         torch.manual_seed(self.recipe.seed)
         path = find_model(self.recipe.base).path
-        model = CrossEncoder(
-            str(path), num_labels=1, max_length=self.recipe.max_length, activation_fn=torch.nn.Identity()
-        )
+        with new_parts_expected():
+            model = CrossEncoder(
+                str(path), num_labels=1, max_length=self.recipe.max_length, activation_fn=torch.nn.Identity()
+            )
         if self.recipe.layers is not None:
             keep_layers(model[0].auto_model, self.recipe.layers)
         return model

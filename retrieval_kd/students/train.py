@@ -71,11 +71,15 @@ def estimate_train(
 ) -> dict[str, Any]:
     """What `train` would do: queries, steps, texts a step and in all."""
     from retrieval_kd.data.sources import open_collection
+    from retrieval_kd.students.development import held_out
+    from retrieval_kd.students.visits import measured_apart
 
     opened = open_collection(collection)
     loaded = _student_recipe(recipe, overrides)
     inputs = TrainingInputs(opened, loaded, scores, candidates, teacher_vectors)
-    queries = inputs.queries().queries
+    queries, _ = held_out(loaded.development, inputs.queries().queries, loaded.seed)
+    if loaded.groups.reweight:
+        queries, _ = measured_apart(queries, loaded.groups.reweight, loaded.seed)
     steps = loaded.planned_steps(len(queries))
     texts = loaded.batch_size * (loaded.groups.documents + 1)
     return {

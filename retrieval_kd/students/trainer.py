@@ -217,7 +217,7 @@ def _make_trainer(
         from retrieval_kd.models.lora import with_small_checkpoints
 
         trainer_class = with_small_checkpoints(trainer_class)
-    model.model_card_data.generate_widget_examples = False
+    model.model_card_data.set_widget_examples = lambda dataset: None  # it would draw a bar, and the card is ours
     trainer = trainer_class(
         model=model,
         args=arguments,

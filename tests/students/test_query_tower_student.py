@@ -247,3 +247,10 @@ def test_recipe(queries: Path, collection: Collection, dense: Path, tmp_path: Pa
     out = tmp_path / "tower"
     model = train("query-tower", collection=collection, teacher_vectors=[queries], out=out, overrides=overrides)
     assert [row["step"] for row in tiny.log_rows(model.path) if row["loss"]] == ["1", "2"]
+
+
+def test_it_encodes_no_documents(tower: Trained, queries: Path, collection: Collection, tmp_path: Path) -> None:
+    model = tower(inputs={"teacher_vectors": [queries]}, steps=0)
+    with pytest.raises(UsageError, match="is a query tower: it never learned documents"):
+        encode(model.path, collection, tmp_path / "vectors")
+    assert len(encode(model.path, collection, tmp_path / "vectors", queries="test").ids) == 6

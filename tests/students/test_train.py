@@ -226,9 +226,9 @@ def test_best_checkpoint_is_kept(fit: Trained, scores: Path, development: list[f
 
 
 def test_estimate(collection: Collection, scores: Path, dense: Path, tmp_path: Path) -> None:
-    """30 queries in batches of 8 twice: ⌈60 / 8⌉ = 8 steps of 8 · (4 + 1) texts."""
+    """30 queries, 3 of them held out, in batches of 8 twice: ⌈54 / 8⌉ = 7 steps of 8 · (4 + 1) texts."""
     values = {"kind": "dense", "base": str(dense), "groups": {"documents": 4}, "losses": [{"kind": "kl"}]}
     recipe = tiny.write_recipe(tmp_path / "s.yaml", {**values, "batch_size": 8, "epochs": 2})
     found = estimate_train(recipe, collection=collection, scores=[scores])
     del found["recipe"]
-    assert found == {"queries": 30, "steps": 8, "texts_per_step": 40, "texts": 320}
+    assert found == {"queries": 27, "steps": 7, "texts_per_step": 40, "texts": 280}
