@@ -32,8 +32,11 @@ from retrieval_kd.eval.significance import resampled_means
 
 COMMON = ["base=builtin", "layers=[0,5]", "query_length=32", "batch_size=16", "precision=bf16"]
 COMMON += ["groups={documents: 4, positive: qrels, negatives: random}", "development={against: nothing}"]
-KL = "losses=[{kind: kl}]"
-LABELS = "losses=[{kind: info-nce}]"
+LOSSES = {
+    "start": "losses=[{kind: kl}]",  # unused: no step is taken
+    "distilled": "losses=[{kind: info-nce}, {kind: kl}]",
+    "labels": "losses=[{kind: info-nce}]",
+}
 SPARSE = ["learning_rate=5e-4", "texts_at_once=8"]
 KINDS: dict[str, tuple[str, list[str]]] = {
     "dense": ("indexes/flat", ["learning_rate=3e-4"]),
@@ -70,7 +73,7 @@ def _dataset(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
     rows: dict[str, dict[str, Any]] = {}
     for kind in arguments.kinds:
-        for how in ("start", "distilled", "labels"):
+        for how in LOSSES:
             run, facts = _student(kind, how, work, collection, teacher["train"], arguments)
             runs[f"{kind}, {how}"] = run
             rows[f"{kind}, {how}"] = facts
@@ -126,9 +129,8 @@ def _student(
     """The test run of a student that is trained, encoded and searched exactly; and what it costs."""
     home = work / f"{kind}-{how}"
     index, overrides = KINDS[kind]
-    losses = LABELS if how == "labels" else KL
     steps = 0 if how == "start" else budget.steps
-    overrides = [*COMMON, *overrides, losses, f"steps={steps}", f"document_length={budget.document_length}"]
+    overrides = [*COMMON, *overrides, LOSSES[how], f"steps={steps}", f"document_length={budget.document_length}"]
     inputs: dict[str, Any] = {"candidates": work / "bm25-train"} if how == "labels" else {"scores": [teacher]}
     model = train(f"students/{kind}", collection=collection, **inputs, out=home / "model", overrides=overrides)
     vectors = encode(model.path, collection, home / "vectors")
