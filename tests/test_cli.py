@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from retrieval_kd import doctor, output
 from retrieval_kd.artifact import InputRef
 from retrieval_kd.cli import app
-from retrieval_kd.data.vectors import Vectors, write_vectors
+from retrieval_kd.data.vector_writer import write_vectors
+from retrieval_kd.data.vectors import Vectors
 from retrieval_kd.errors import UsageError
 from retrieval_kd.options import by_name_of
 from retrieval_kd.search.searcher import Hit

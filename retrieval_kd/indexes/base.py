@@ -152,7 +152,7 @@ def write_rows(folder: Path, ids: Any) -> int:
     """
     import pyarrow as pa
 
-    from retrieval_kd.data.vectors import write_ids
+    from retrieval_kd.data.vector_writer import write_ids
 
     array = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids, pa.string())
     if len(array.unique()) != len(array):

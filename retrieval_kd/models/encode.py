@@ -66,7 +66,8 @@ def encode(
     """
     from retrieval_kd.data.growing import GrowingArrays
     from retrieval_kd.data.sources import open_collection
-    from retrieval_kd.data.vectors import Vectors, layout_details, write_ids, write_vocabulary
+    from retrieval_kd.data.vector_writer import layout_details, write_ids, write_vocabulary
+    from retrieval_kd.data.vectors import Vectors
 
     out = Path(out)
     opened = open_collection(collection)

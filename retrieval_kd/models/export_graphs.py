@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrieval_kd.data.vectors import write_vocabulary
+from retrieval_kd.data.vector_writer import write_vocabulary
 from retrieval_kd.errors import InputError
 from retrieval_kd.models.cross_encoder import pair_limit, query_prompt, scores_only
 from retrieval_kd.models.export_reference import TorchEncoder

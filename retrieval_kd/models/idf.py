@@ -20,10 +20,13 @@ _TEXTS_AT_ONCE = 1000
 
 
 class IdfTable(NamedTuple):
-    """``weights`` [V] float32 by token id, and how many of the tokens had no weight of their own (they have 1)."""
+    """``weights`` [V] float32 by token id; special tokens weigh 0 and are in neither count."""
 
     weights: np.ndarray
+    known: int
+    """Tokens with a weight of their own."""
     unseen: int
+    """Tokens without a weight of their own: they have 1."""
 
 
 def idf_of_texts(texts: Iterable[str], tokenizer: Any) -> IdfTable:
@@ -83,7 +86,7 @@ def _finished(weights: np.ndarray, known: np.ndarray, tokenizer: Any) -> IdfTabl
     special[[token for token in tokenizer.all_special_ids if token < len(weights)]] = True
     weights[~known] = UNSEEN
     weights[special] = 0.0
-    return IdfTable(weights, int((~known & ~special).sum()))
+    return IdfTable(weights, int((known & ~special).sum()), int((~known & ~special).sum()))
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

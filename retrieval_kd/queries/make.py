@@ -27,6 +27,7 @@ _TOLD = (
     "too_long",
     "duplicates",
     "invalid_unicode",
+    "no_letter_or_digit",
     "equal_to_kept_queries",
     "truncated_documents",
     "malformed_answers",
@@ -120,7 +121,7 @@ def _collected(maker: QueryMaker, collection: Collection, work: Path) -> tuple[d
     counts = Counter({"too_short": 0, "too_long": 0, "duplicates": 0})
     with_query = set()
     for raw in maker.raw(collection, work):
-        words = raw.text.split()
+        words = raw.text.replace("\ufeff", "").split()  # a byte order mark is no part of a text
         text = " ".join(words)
         if len(words) < recipe.min_words:
             counts["too_short"] += 1
@@ -128,6 +129,8 @@ def _collected(maker: QueryMaker, collection: Collection, work: Path) -> tuple[d
             counts["too_long"] += 1
         elif any("\ud800" <= sign <= "\udfff" for sign in text):  # half a sign, which JSON can spell
             counts["invalid_unicode"] += 1
+        elif not any(sign.isalnum() for sign in text):
+            counts["no_letter_or_digit"] += 1
         else:
             counts["duplicates"] += _key(text) in found
             found.setdefault(_key(text), _Query(text)).sources[raw.doc_id, raw.line] = None

@@ -91,7 +91,7 @@ class SpladeDocStudent(SparseStudent):
         else:
             table = idf_of_texts(self.documents.iter_texts(), tokenizer)
         self.unseen = table.unseen
-        log.info("IDF of %d tokens; %d others have none and weigh 1", len(tokenizer) - table.unseen, table.unseen)
+        log.info("IDF of %d tokens; %d others have none and weigh 1", table.known, table.unseen)
         lookup = SparseStaticEmbedding(
             tokenizer, weight=torch.from_numpy(table.weights), frozen=self.recipe.idf_learning_rate is None
         )

@@ -10,7 +10,8 @@ from scipy.sparse import csr_array
 
 from retrieval_kd.artifact import InputRef
 from retrieval_kd.data.growing import GrowingArrays
-from retrieval_kd.data.vectors import Vectors, read_ids, write_ids, write_vectors
+from retrieval_kd.data.vector_writer import write_ids, write_vectors
+from retrieval_kd.data.vectors import Vectors, read_ids
 from retrieval_kd.errors import ArtifactError, OutputExistsError, UsageError
 
 MODEL = InputRef("a" * 64, name="nobody/model")

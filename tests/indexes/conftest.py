@@ -13,7 +13,8 @@ import pytest
 from retrieval_kd.artifact import InputRef
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.data.sources import make_collection
-from retrieval_kd.data.vectors import Vectors, write_vectors
+from retrieval_kd.data.vector_writer import write_vectors
+from retrieval_kd.data.vectors import Vectors
 
 WORDS = [f"{a}{b}" for a in ("al", "be", "ga", "de", "ep", "ze") for b in ("ko", "mi", "ru", "ta", "no")]
 MODEL = InputRef("f" * 64, name="nobody/model")

@@ -31,7 +31,7 @@ def test_table_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert weights[W + 3] == pytest.approx(math.log(1 + 3.5 / 1.5))
     assert weights[:W].tolist() == [0, 0, 0, 0, 0]
     assert weights[W + 4 :].tolist() == [1] * 59 and weights[W] == 1
-    assert table.unseen == 60
+    assert (table.known, table.unseen) == (3, 60)
 
 
 def test_largest_value_of_ms_marco() -> None:
@@ -47,7 +47,7 @@ def test_written_and_read_again(tmp_path: Path) -> None:
     assert len(written) == 68 and list(written)[W] == "w0" and written["[UNK]"] == 0
     again = read_idf(tmp_path / "idf.json", tokenizer)
     np.testing.assert_allclose(again.weights, table.weights, atol=1e-6)
-    assert again.unseen == 0
+    assert (again.known, again.unseen) == (63, 0)
 
 
 def test_tokens_that_a_table_lacks_weigh_one(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_tokens_that_a_table_lacks_weigh_one(tmp_path: Path) -> None:
     path = tiny_sparse.write_table(tmp_path / "idf.json", {"w1": 2.5, "w2": 0, "[UNK]": 9})
     table = read_idf(path, tiny.tokenizer())
     assert table.weights[W + 1] == 2.5 and table.weights[W + 2] == 0 and table.weights[1] == 0
-    assert table.weights[W + 3] == 1 and table.unseen == 61
+    assert table.weights[W + 3] == 1 and (table.known, table.unseen) == (2, 61)
 
 
 @pytest.mark.parametrize(

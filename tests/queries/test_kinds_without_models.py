@@ -178,3 +178,20 @@ def test_half_a_sign_is_counted(source: Collection, tmp_path: Path) -> None:
     made = make(source, tmp_path / "made", "query-log", tmp_path / "log.jsonl")
     assert made_from(made) == {"whole 😀": ["line 2"]}
     assert noted(made, "invalid_unicode") == (1,)
+
+
+def test_punctuation_is_no_query(tmp_path: Path) -> None:
+    """Titles and sentences of signs alone are counted; digits and any script are words; a byte order mark goes."""
+    documents = {
+        "d1": ("…", "?! Then a sentence."),
+        "d2": ("\ufeff Lists", "\ufeffSort it. Then search it."),
+        "d3": ("42", "再见。"),
+        "d4": ("\ufeff", "— –"),
+    }
+    source = tiny_queries.make_documents(tmp_path, documents, splits=())
+    titles = make(source, tmp_path / "titles", "title")
+    assert made_from(titles) == {"Lists": ["d2"], "42": ["d3"]}
+    assert noted(titles, "no_letter_or_digit", "too_short", "documents_without_query") == (1, 1, 2)
+    sentences = make(source, tmp_path / "sentences", "first-sentence")
+    assert made_from(sentences) == {"Sort it.": ["d2"], "再见。": ["d3"]}
+    assert noted(sentences, "no_letter_or_digit", "documents_without_query") == (2, 2)

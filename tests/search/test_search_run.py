@@ -12,7 +12,7 @@ from tiny import make_dense, make_tiny_collection
 
 from retrieval_kd.data.run import Run
 from retrieval_kd.data.sources import make_collection
-from retrieval_kd.data.vectors import write_vectors
+from retrieval_kd.data.vector_writer import write_vectors
 from retrieval_kd.errors import ArtifactError, InputError, OutputExistsError, UsageError
 from retrieval_kd.indexes.base import Index
 from retrieval_kd.indexes.build import build_index

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import tiny
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.models.encode import encode
 from retrieval_kd.models.load import Model
+from retrieval_kd.students.development import PoolEvaluator, VectorEvaluator
 from retrieval_kd.students.train import train
 from retrieval_kd.teachers.score import score
 
@@ -53,5 +55,52 @@ def fit(tmp_path: Path, dense: Path, collection: Collection) -> Callable[..., Mo
         name = tiny.write_recipe(tmp_path / "student.yaml", values)
         out = out or tmp_path / f"student-{next(numbers)}"
         return train(name, **{"collection": collection, "out": out, **inputs})
+
+    return run
+
+
+@pytest.fixture
+def resumed_equals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Callable[..., Model]:
+    """Trains undisturbed; trains and dies at the second evaluation; goes on from the first, after that step.
+
+    Asserts that nothing is published in between and that ``files``, settings, losses and development are the same.
+    Returns the resumed model.
+    """
+
+    def run(
+        fit: Callable[..., Model],
+        values: dict[str, Any],
+        *,
+        goes_on_from: int,
+        files: Sequence[str] = ("model.safetensors",),
+        evaluator: type[PoolEvaluator | VectorEvaluator] = PoolEvaluator,
+    ) -> Model:
+        undisturbed = fit(out=tmp_path / "undisturbed", **values)
+        original = evaluator.__call__
+
+        evaluations = itertools.count(1)
+
+        def dies(*arguments: Any, **named: Any) -> Any:
+            if next(evaluations) == 2:
+                raise KeyboardInterrupt
+            return original(*arguments, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluator, "__call__", dies)
+            with pytest.raises(KeyboardInterrupt):
+                fit(out=tmp_path / "student", **values)
+        assert not (tmp_path / "student").exists()
+        with caplog.at_level(logging.INFO, "retrieval_kd"):
+            resumed = fit(out=tmp_path / "student", **values)
+        assert f"going on from checkpoint-{goes_on_from}" in caplog.text
+        for name in files:
+            assert (resumed.path / name).read_bytes() == (undisturbed.path / name).read_bytes()
+        assert resumed.settings == undisturbed.settings
+        assert tiny.losses(resumed.path) == tiny.losses(undisturbed.path)
+        assert resumed.manifest.details["development"] == undisturbed.manifest.details["development"]
+        assert not (resumed.path / "work").exists()
+        return resumed
 
     return run

@@ -9,7 +9,8 @@ import tiny
 
 from retrieval_kd.artifact import InputRef
 from retrieval_kd.data.collection import Collection
-from retrieval_kd.data.vectors import Vectors, write_vectors
+from retrieval_kd.data.vector_writer import write_vectors
+from retrieval_kd.data.vectors import Vectors
 from retrieval_kd.errors import ArtifactError
 from retrieval_kd.students.base import Groups
 from retrieval_kd.students.collate import GroupCollator, TeacherVectors, without_weights

@@ -17,7 +17,6 @@ from retrieval_kd.models.load import Model
 from retrieval_kd.recipe import validate
 from retrieval_kd.students.base import Batch
 from retrieval_kd.students.cross_encoder import CrossEncoderStudent
-from retrieval_kd.students.development import PoolEvaluator
 from retrieval_kd.teachers.score import score
 
 Trained = Callable[..., Model]
@@ -183,7 +182,7 @@ def test_cross_encoder_follows_a_teacher(
 
 
 def test_cross_encoder_killed_and_resumed_gives_the_same_weights(
-    fit: Trained, scores: Path, cross_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fit: Trained, resumed_equals: Trained, scores: Path, cross_encoder: Path
 ) -> None:
     values: dict[str, Any] = {
         "kind": "cross-encoder",
@@ -194,21 +193,7 @@ def test_cross_encoder_killed_and_resumed_gives_the_same_weights(
         "steps": 6,
         "development": {"against": "teacher", "documents": 4, "times": 3},
     }
-    undisturbed = fit(out=tmp_path / "undisturbed", **values)
-    original = PoolEvaluator.__call__
-
-    def dies(self: PoolEvaluator, model: Any, output_path: Any = None, epoch: float = -1, steps: int = -1) -> Any:
-        if steps == 4:
-            raise KeyboardInterrupt
-        return original(self, model, output_path, epoch, steps)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PoolEvaluator, "__call__", dies)
-        with pytest.raises(KeyboardInterrupt):
-            fit(out=tmp_path / "student", **values)
-    resumed = fit(out=tmp_path / "student", **values)
-    name = "model.safetensors"
-    assert (resumed.path / name).read_bytes() == (undisturbed.path / name).read_bytes()
+    resumed_equals(fit, values, goes_on_from=2)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from retrieval_kd.losses.objective import WeightedLosses
 from retrieval_kd.models.load import Model
 from retrieval_kd.recipe import validate
 from retrieval_kd.students.base import Batch
-from retrieval_kd.students.development import PoolEvaluator
 from retrieval_kd.students.late_interaction import LateInteractionStudent
 
 Trained = Callable[..., Model]
@@ -287,7 +286,7 @@ def test_pooled_documents(learn: Trained, scores: Path, collection: Collection) 
 
 
 def test_late_interaction_killed_and_resumed_gives_the_same_weights(
-    learn: Trained, scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    learn: Trained, resumed_equals: Trained, scores: Path
 ) -> None:
     values: dict[str, Any] = {
         "inputs": {"scores": [scores]},
@@ -298,21 +297,7 @@ def test_late_interaction_killed_and_resumed_gives_the_same_weights(
         "query_expansion": {"length": 6},
         "development": {"against": "teacher", "documents": 20, "times": 3},
     }
-    undisturbed = learn(out=tmp_path / "undisturbed", **values)
-    original = PoolEvaluator.__call__
-
-    def dies(self: PoolEvaluator, model: Any, output_path: Any = None, epoch: float = -1, steps: int = -1) -> Any:
-        if steps == 4:
-            raise KeyboardInterrupt
-        return original(self, model, output_path, epoch, steps)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PoolEvaluator, "__call__", dies)
-        with pytest.raises(KeyboardInterrupt):
-            learn(out=tmp_path / "student", **values)
-    resumed = learn(out=tmp_path / "student", **values)
-    for name in ("model.safetensors", "1_Dense/model.safetensors"):
-        assert (resumed.path / name).read_bytes() == (undisturbed.path / name).read_bytes()
+    resumed_equals(learn, values, goes_on_from=2, files=("model.safetensors", "1_Dense/model.safetensors"))
 
 
 def test_special_tokens_are_one_token_each(learn: Trained) -> None:

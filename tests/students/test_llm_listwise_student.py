@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -330,9 +329,7 @@ def test_parts_make_no_difference(fit_listwise: Trained) -> None:
 def test_killed_and_resumed_gives_the_same_bytes(
     lora: Any,
     fit_listwise: Trained,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    resumed_equals: Trained,
 ) -> None:
     """Draws, dropout and the optimizer go on where the last checkpoint was; TAID's moving target too."""
     values: dict[str, Any] = {
@@ -344,28 +341,8 @@ def test_killed_and_resumed_gives_the_same_bytes(
         ],
         "development": {"against": "teacher", "times": 3},
     }
-    undisturbed = fit_listwise(out=tmp_path / "undisturbed", **values)
-    original = PoolEvaluator.__call__
-    calls: list[int] = []
-
-    def dies(self: PoolEvaluator, *arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PoolEvaluator, "__call__", dies)
-        with pytest.raises(KeyboardInterrupt):
-            fit_listwise(out=tmp_path / "student", **values)
-    with caplog.at_level(logging.INFO, "retrieval_kd"):
-        resumed = fit_listwise(out=tmp_path / "student", **values)
-    assert "going on from checkpoint-3" in caplog.text
-    file = "model.safetensors"
-    assert (resumed.path / file).read_bytes() == (undisturbed.path / file).read_bytes()
-    assert tiny.losses(resumed.path) == tiny.losses(undisturbed.path)
-    assert resumed.manifest.details["development"] == undisturbed.manifest.details["development"]
-    assert len(undisturbed.manifest.details["development"]["all"]) == 3
+    resumed = resumed_equals(fit_listwise, values, goes_on_from=3)
+    assert len(resumed.manifest.details["development"]["all"]) == 3
 
 
 def test_the_development_measure_is_of_the_whole_order(

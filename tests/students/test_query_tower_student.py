@@ -156,31 +156,14 @@ def test_finds_in_the_teachers_index(
     assert model.settings["queries_for"]["similarity"] == model.settings["similarity"] == similarity
 
 
-def test_killed_and_resumed_gives_the_same_bytes(
-    tower: Trained, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_and_resumed_gives_the_same_bytes(tower: Trained, resumed_equals: Trained, queries: Path) -> None:
     values: dict[str, Any] = {
         "inputs": {"teacher_vectors": [queries]},
         "steps": 9,
         "development": {"against": "teacher", "times": 3},
     }
-    undisturbed = tower(out=tmp_path / "undisturbed", **values)
-    original = VectorEvaluator.__call__
-
-    def dies(self: VectorEvaluator, model: Any, output_path: Any = None, epoch: float = -1, steps: int = -1) -> Any:
-        if steps == 6:
-            raise KeyboardInterrupt
-        return original(self, model, output_path, epoch, steps)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(VectorEvaluator, "__call__", dies)
-        with pytest.raises(KeyboardInterrupt):
-            tower(out=tmp_path / "student", **values)
-    resumed = tower(out=tmp_path / "student", **values)
-    one, other = (path / "model.safetensors" for path in (undisturbed.path, resumed.path))
-    assert one.read_bytes() == other.read_bytes()
-    assert undisturbed.manifest.details["development"] == resumed.manifest.details["development"]
-    assert undisturbed.manifest.details["development"]["measure"] == "cosine"
+    resumed = resumed_equals(tower, values, goes_on_from=3, evaluator=VectorEvaluator)
+    assert resumed.manifest.details["development"]["measure"] == "cosine"
 
 
 def test_development_by_hand() -> None:

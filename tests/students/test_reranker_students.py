@@ -20,7 +20,6 @@ from retrieval_kd.models.load import Model
 from retrieval_kd.recipe import validate
 from retrieval_kd.registry import implementation
 from retrieval_kd.students.base import Batch
-from retrieval_kd.students.development import PoolEvaluator
 from retrieval_kd.teachers.score import score
 
 Trained = Callable[..., Model]
@@ -123,25 +122,11 @@ def test_recomputing_gives_the_same_gradients(kind: str, base: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_and_resumed_gives_the_same_weights(
-    kind: str, fit: Trained, base: Path, by_words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, fit: Trained, resumed_equals: Trained, base: Path, by_words: Path
 ) -> None:
     development = {"against": "teacher", "documents": 4, "times": 3}
     values = {"inputs": {"scores": [by_words]}, **recipe(kind, base, steps=6, development=development)}
-    undisturbed = fit(out=tmp_path / "undisturbed", **values)
-    original = PoolEvaluator.__call__
-
-    def dies(self: PoolEvaluator, model: Any, output_path: Any = None, epoch: float = -1, steps: int = -1) -> Any:
-        if steps == 4:
-            raise KeyboardInterrupt
-        return original(self, model, output_path, epoch, steps)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PoolEvaluator, "__call__", dies)
-        with pytest.raises(KeyboardInterrupt):
-            fit(out=tmp_path / "student", **values)
-    resumed = fit(out=tmp_path / "student", **values)
-    name = "model.safetensors"
-    assert (resumed.path / name).read_bytes() == (undisturbed.path / name).read_bytes()
+    resumed_equals(fit, values, goes_on_from=2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

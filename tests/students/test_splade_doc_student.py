@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -144,11 +145,15 @@ def test_development_checkpoints_and_pruning(train_doc: Trained, collection: Col
     assert ours.encode(["w1 w41"], "query").lengths.tolist() == [2]
 
 
-def test_a_given_table_and_the_written_one(train_doc: Trained, tmp_path: Path) -> None:
+def test_a_given_table_and_the_written_one(
+    train_doc: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """``w1`` weighs what the table says, others 1; the model's idf.json makes the same queries in another student."""
     table = tiny_sparse.write_table(tmp_path / "given.json", {"w1": 3.5, "[CLS]": 2.0})
     out = tmp_path / "first"
-    model = train_doc(steps=0, idf=str(table), out=out)
+    with caplog.at_level(logging.INFO, "retrieval_kd"):
+        model = train_doc(steps=0, idf=str(table), out=out)
+    assert "IDF of 1 tokens; 62 others have none and weigh 1" in caplog.messages
     query = encoded(stock(model.path), ["w1 w2"], "query")[0]
     assert query[W + 1] == 3.5 and query[W + 2] == 1 and query.sum() == 4.5
     assert model.manifest.counts["tokens_without_idf"] == 62

@@ -18,7 +18,6 @@ from retrieval_kd.errors import RecipeError, RetrievalKDError
 from retrieval_kd.models.load import Model
 from retrieval_kd.models.sparse_encoder import SparseEncoder
 from retrieval_kd.recipe import validate
-from retrieval_kd.students.development import PoolEvaluator
 from retrieval_kd.students.sparsity import PATIENCE, SparseLoss
 from retrieval_kd.students.splade import SpladeStudent
 
@@ -223,10 +222,7 @@ def test_penalties_grow_to_their_weight(
 
 
 def test_killed_and_resumed_gives_the_same_bytes(
-    train_splade: Trained,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    weights_of_steps: list[tuple[float, float | None]],
+    train_splade: Trained, resumed_equals: Trained, weights_of_steps: list[tuple[float, float | None]]
 ) -> None:
     """The weights of the penalties go on where the last checkpoint was, in the middle of their warm-up."""
     values: dict[str, Any] = {
@@ -234,24 +230,9 @@ def test_killed_and_resumed_gives_the_same_bytes(
         "regularisation": {**PENALTIES, "warmup": 0.9},
         "development": {"against": "teacher", "documents": 20, "times": 3},
     }
-    undisturbed = train_splade(out=tmp_path / "undisturbed", **values)
-    whole = list(weights_of_steps)
-    original = PoolEvaluator.__call__
-
-    def dies(self: PoolEvaluator, model: Any, output_path: Any = None, epoch: float = -1, steps: int = -1) -> Any:
-        if steps == 4:
-            raise KeyboardInterrupt
-        return original(self, model, output_path, epoch, steps)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PoolEvaluator, "__call__", dies)
-        with pytest.raises(KeyboardInterrupt):
-            train_splade(out=tmp_path / "student", **values)
-    weights_of_steps.clear()
-    resumed = train_splade(out=tmp_path / "student", **values)
-    assert weights_of_steps == whole[2:]
-    name = "model.safetensors"
-    assert (resumed.path / name).read_bytes() == (undisturbed.path / name).read_bytes()
+    resumed_equals(train_splade, values, goes_on_from=2)
+    whole = weights_of_steps[:6]
+    assert weights_of_steps == [*whole, *whole[:4], *whole[2:]]
 
 
 def test_collapse_is_an_error(train_splade: Trained, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,9 +138,7 @@ def test_learned_scale_is_saved(fit: Trained, scores: Path) -> None:
     assert fixed.settings["scale"] == 2
 
 
-def test_killed_and_resumed_gives_the_same_bytes(
-    fit: Trained, scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_killed_and_resumed_gives_the_same_bytes(fit: Trained, resumed_equals: Trained, scores: Path) -> None:
     """Dropout, shuffling, draws, the optimizer and the learned scale go on where the last checkpoint was."""
     values: dict[str, Any] = {
         "inputs": {"scores": [scores]},
@@ -149,28 +146,7 @@ def test_killed_and_resumed_gives_the_same_bytes(
         "steps": 12,
         "development": {"against": "teacher", "documents": 20, "times": 3},
     }
-    undisturbed = fit(out=tmp_path / "undisturbed", **values)
-    assert undisturbed.settings["scale"] != 20
-    original = PoolEvaluator.__call__
-
-    def dies(self: PoolEvaluator, model: Any, output_path: Any = None, epoch: float = -1, steps: int = -1) -> Any:
-        if steps == 8:
-            raise KeyboardInterrupt
-        return original(self, model, output_path, epoch, steps)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PoolEvaluator, "__call__", dies)
-        with pytest.raises(KeyboardInterrupt):
-            fit(out=tmp_path / "student", **values)
-    assert not (tmp_path / "student").exists()
-    with caplog.at_level(logging.INFO, "retrieval_kd"):
-        resumed = fit(out=tmp_path / "student", **values)
-    assert "going on from checkpoint-4" in caplog.text
-    weights_file = "model.safetensors"
-    assert (resumed.path / weights_file).read_bytes() == (undisturbed.path / weights_file).read_bytes()
-    assert resumed.settings == undisturbed.settings
-    assert resumed.manifest.details["development"] == undisturbed.manifest.details["development"]
-    assert not (resumed.path / "work").exists()
+    assert resumed_equals(fit, values, goes_on_from=4).settings["scale"] != 20
 
 
 def test_finished_student_is_kept(fit: Trained, scores: Path, tmp_path: Path) -> None:

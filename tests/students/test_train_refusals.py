@@ -10,7 +10,7 @@ import tiny
 
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.data.score_formats.convert import convert_scores
-from retrieval_kd.data.vectors import write_vectors
+from retrieval_kd.data.vector_writer import write_vectors
 from retrieval_kd.errors import InputError, RecipeError, RetrievalKDError, UsageError
 from retrieval_kd.models.encoder import DenseEncoder
 from retrieval_kd.models.load import Model
