@@ -70,15 +70,15 @@ def _dataset(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     teacher = {split: _teacher(work, collection, split) for split in ("train", "test")}
     runs: dict[str, Any] = {
         "BM25": work / "bm25-test",
-        "bi-encoder (6 layers)": work / "bi-encoder-test",
-        "teacher, re-ranking": teacher["test"],
+        "bi-encoder": work / "bi-encoder-test",
+        "teacher-re-ranking": teacher["test"],
     }
     rows: dict[str, dict[str, Any]] = {}
     for kind in arguments.kinds:
         for how in LOSSES:
             run, facts = _student(kind, how, work, collection, teacher["train"], arguments)
-            runs[f"{kind}, {how}"] = run
-            rows[f"{kind}, {how}"] = facts
+            runs[f"{kind}-{how}"] = run
+            rows[f"{kind}-{how}"] = facts
     overrides = ["measures=[nDCG@10, R@100]"]
     report = evaluate(
         "eval/default", collection=collection, split="test", runs=runs, out=work / "report", overrides=overrides

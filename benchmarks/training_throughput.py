@@ -108,7 +108,7 @@ def _same_groups(arguments: argparse.Namespace, collection: Any, scores: Path) -
     student = DenseStudent(DenseStudent.Recipe.model_validate(_recipe(arguments)))
     recipe = student.recipe
     queries = TrainingInputs(collection, recipe, [scores]).queries().queries
-    visits = planned_visits(len(queries), recipe.batch_size * arguments.steps, recipe.seed)
+    visits = planned_visits(queries, recipe.batch_size * arguments.steps, recipe.seed)
     collator = GroupCollator(student, None, collection, queries, recipe.groups, recipe.seed)
     rows = []
     for start in range(0, len(visits), recipe.batch_size):
