@@ -69,7 +69,7 @@ def test_it_follows_a_teacher_of_words_and_can_score(
     """The loss falls to less than half and its scores go with BM25's. The saved model scores as a teacher."""
     from sentence_transformers import CrossEncoder
 
-    values = recipe(kind, base, steps=60, development={"against": "teacher", "documents": 8, "times": 2})
+    values = recipe(kind, base, steps=90, development={"against": "teacher", "documents": 8, "times": 2})
     model = fit(inputs={"scores": [by_words]}, **values)
     log = tiny.losses(model.path)
     assert np.mean(log[-5:]) < np.mean(log[:5]) / 2
@@ -84,7 +84,7 @@ def test_it_follows_a_teacher_of_words_and_can_score(
         for row in Scores.load(by_words)
     }
     agreement = [np.corrcoef(stock.predict(pairs[row.query_id]), row.scores)[0, 1] for row in Scores.load(by_words)]
-    assert np.mean(agreement) > 0.6
+    assert np.mean(agreement) > 0.8
     name = tiny.write_recipe(model.path.parent / "ce.yaml", {"kind": "cross-encoder", "model": str(model.path)})
     row = next(iter(score(name, collection=collection, candidates=["qrels:dev"], out=model.path.parent / "scores")))
     assert row.scores[0] == pytest.approx(float(stock.predict([("w0 w40", documents[0])])[0]), abs=1e-5)
