@@ -23,7 +23,7 @@ log = logging.getLogger("retrieval_kd")
 
 LEAST_TERMS = 1.0
 PATIENCE = 10
-"""Batches in a row with fewer than `LEAST_TERMS` active terms a text that end the training."""
+"""Batches in a row that end the training: of fewer than `LEAST_TERMS` active terms a text, or of no score above 0."""
 
 
 class Penalty(Section):
@@ -85,6 +85,7 @@ class SparseLoss(SpladeLoss):
         queries, documents = embeddings = [objective.student.embed(self.model, part) for part in features]  # type: ignore[attr-defined]
         self.terms.count(query=queries, document=documents)
         self.terms.refuse_collapse(self.learned)
+        self.terms.refuse_strangers()
         losses = dict(objective.compute_loss_from_embeddings(embeddings, labels))
         penalty = self.document_regularizer.compute_loss_from_embeddings(documents)
         losses["document_regularizer"] = self.document_regularizer_weight * penalty
@@ -105,21 +106,24 @@ class SparseLoss(SpladeLoss):
 
 
 class ActiveTerms:
-    """Mean active terms of queries and documents since they were last logged, and batches in a row without any."""
+    """Mean active terms of queries and documents since they were last logged, and batches in a row that have collapsed."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._batches = 0
         self._last: dict[str, float] = {}
         self._collapsed: dict[str, int] = {}
+        self._strangers = 0
 
     def count(self, **vectors: Tensor) -> None:
-        """Counts the nonzeros of a batch's vectors [n, V]."""
+        """Counts the nonzeros of a batch's vectors [n, V], and whether any term is in all of ``vectors``."""
         self._last = {name: float((x.detach() != 0).sum(dim=1).float().mean()) for name, x in vectors.items()}
         for name, mean in self._last.items():
             self._sums[name] = self._sums.get(name, 0.0) + mean
             self._collapsed[name] = self._collapsed.get(name, 0) + 1 if mean < LEAST_TERMS else 0
         self._batches += 1
+        used = [(x.detach() != 0).any(dim=0) for x in vectors.values()]
+        self._strangers = 0 if bool(torch.stack(used).all(dim=0).any()) else self._strangers + 1
 
     def refuse_collapse(self, names: list[str]) -> None:
         """Raises `RetrievalKDError` when one of ``names`` had almost no terms in several batches in a row.
@@ -133,6 +137,18 @@ class ActiveTerms:
                     f"{LEAST_TERMS:g} in {PATIENCE} batches in a row, and what is zero learns nothing more; lower "
                     f"regularisation.{name}.weight or learning_rate, or set regularisation.anti_zero"
                 )
+
+    def refuse_strangers(self) -> None:
+        """Raises `RetrievalKDError` when no document had a term of a query in several batches in a row.
+
+        All scores are then 0, and so is every gradient. Texts may still have terms, which drift.
+        """
+        if self._strangers >= PATIENCE:
+            raise RetrievalKDError(
+                f"training collapsed: in {PATIENCE} batches in a row no document had a term of a query, so that every "
+                "score is 0 and nothing is learned any more; lower learning_rate, or give the losses a temperature "
+                "that makes the first scores small (the mean score of a document, say)"
+            )
 
     def taken(self) -> dict[str, float]:
         """``query_terms`` and ``document_terms`` since the last call."""

@@ -17,10 +17,11 @@ import tiny_scores
 import tiny_sparse
 
 from retrieval_kd.data.collection import Collection
-from retrieval_kd.errors import InputError, OutputExistsError, RecipeError
+from retrieval_kd.errors import InputError, OutputExistsError, RecipeError, RetrievalKDError
 from retrieval_kd.models.load import Model
 from retrieval_kd.models.sparse_encoder import SparseEncoder
 from retrieval_kd.recipe import validate
+from retrieval_kd.students.sparsity import PATIENCE
 from retrieval_kd.students.splade_doc import SpladeDocStudent
 from retrieval_kd.teachers.ensemble import ensemble_scores
 
@@ -252,3 +253,18 @@ def test_sparse_documents_are_spared_by_the_threshold(masked: Path, collection: 
 def test_recipes_that_cannot_be(change: dict[str, Any], message: str, train_doc: Trained) -> None:
     with pytest.raises(RecipeError, match=message):
         train_doc(**change)
+
+
+def test_documents_without_a_word_of_any_query_are_a_collapse(train_doc: Trained, tmp_path: Path) -> None:
+    """Every document has the two terms [PAD] and [MASK], which no query has: all scores and gradients are 0."""
+    from safetensors.torch import load_file, save_file
+
+    base = tiny_encoders.make_masked_model(tmp_path / "strangers")
+    weights = load_file(base / "model.safetensors")
+    weights["cls.predictions.bias"] -= 100
+    weights["cls.predictions.bias"][[0, 4]] += 200
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    message = rf"training collapsed: in {PATIENCE} batches in a row no document had a term of a query.*temperature"
+    with pytest.raises(RetrievalKDError, match=message):
+        train_doc(base=str(base), steps=PATIENCE, batch_size=2)
+    train_doc(base=str(base), steps=PATIENCE - 1, batch_size=2)
