@@ -56,12 +56,12 @@ class ApiQueries(DocumentQueryMaker):
         return self.recipe.open_cache()
 
     @property
-    def model(self) -> str:  # type: ignore[override]
+    def model(self) -> str:
         """The model's name at its endpoint."""
         return f"{self.recipe.model}@{self.recipe.base_url}"
 
     @property
-    def prompt_sha256(self) -> str:  # type: ignore[override]
+    def prompt_sha256(self) -> str:
         """Hash of the prompt."""
         return self.recipe.prompt_sha256
 

@@ -86,15 +86,22 @@ class QueryMaker(ABC):
     """Making a query costs enough for an interrupted run to go on where it was."""
     judged: bool = False
     """Each query has a relevant document."""
-    model: str | None = None
-    """The name of the model that writes the queries, None where none does."""
-    prompt_sha256: str | None = None
 
     def __init__(self, recipe: Any, query_log: Path | None = None) -> None:
         if query_log is not None:
             raise UsageError(f"kind '{recipe.kind}' makes queries from documents and reads no query log")
         self.recipe = recipe
         self.counts: Counter[str] = Counter()
+
+    @property
+    def model(self) -> str | None:
+        """The name of the model that writes the queries, None where none does."""
+        return None
+
+    @property
+    def prompt_sha256(self) -> str | None:
+        """Hash of the prompt, None where there is none."""
+        return None
 
     def refs(self) -> dict[str, InputRef]:
         """What the queries are made from beside the collection: a model, a log."""

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from retrieval_kd.artifact import InputRef
 from retrieval_kd.data.collection import Document, model_text
 from retrieval_kd.models.language_model import LanguageModel, Precision
-from retrieval_kd.models.load import ModelSource, find_model
-from retrieval_kd.queries.base import DocumentQueryMaker, Made, approximate_tokens
+from retrieval_kd.queries.base import Made, approximate_tokens
+from retrieval_kd.queries.local_model import LocalModelQueryMaker
 from retrieval_kd.queries.prompted import PromptedRecipe
 
 if TYPE_CHECKING:
@@ -33,18 +32,11 @@ class LLMQueriesRecipe(PromptedRecipe):
     precision: Precision = "auto"
 
 
-class LLMQueries(DocumentQueryMaker):
+class LLMQueries(LocalModelQueryMaker):
     """Queries from the greedy answer to a prompt (InPars, Bonifacio et al. 2022, arXiv 2202.05144)."""
 
     Recipe = LLMQueriesRecipe
     recipe: LLMQueriesRecipe
-    resumable = True
-    chunk = 128
-
-    @cached_property
-    def source(self) -> ModelSource:
-        """Where the model is."""
-        return find_model(self.recipe.model, self.recipe.revision)
 
     @cached_property
     def network(self) -> LanguageModel:
@@ -52,18 +44,9 @@ class LLMQueries(DocumentQueryMaker):
         return LanguageModel.load(self.source, precision=self.recipe.precision)
 
     @property
-    def model(self) -> str:  # type: ignore[override]
-        """The model's name."""
-        return self.source.name
-
-    @property
-    def prompt_sha256(self) -> str:  # type: ignore[override]
+    def prompt_sha256(self) -> str:
         """Hash of the prompt."""
         return self.recipe.prompt_sha256
-
-    def refs(self) -> dict[str, InputRef]:
-        """The model."""
-        return {"model": self.source.ref()}
 
     def details(self) -> dict[str, Any]:
         """Model, revision and the prompt's hash."""

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from retrieval_kd.artifact import InputRef
 from retrieval_kd.data.collection import Document, model_text
 from retrieval_kd.errors import InputError
 from retrieval_kd.models.batching import token_batches
 from retrieval_kd.models.language_model import LanguageModel, Precision
-from retrieval_kd.models.load import ModelSource, find_model
-from retrieval_kd.queries.base import DocumentQueriesRecipe, DocumentQueryMaker, Made, approximate_tokens
+from retrieval_kd.queries.base import DocumentQueriesRecipe, Made, approximate_tokens
+from retrieval_kd.queries.local_model import LocalModelQueryMaker
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
@@ -42,7 +41,7 @@ class Seq2SeqRecipe(DocumentQueriesRecipe):
     precision: Precision = "auto"
 
 
-class Seq2SeqQueries(DocumentQueryMaker):
+class Seq2SeqQueries(LocalModelQueryMaker):
     """Queries sampled from the ``top_k`` likeliest tokens within ``top_p``, as in doc2query-T5 and GPL.
 
     doc2query (Nogueira et al. 2019, arXiv 1904.08375), GPL (Wang et al. 2022, arXiv 2112.07577). The sampling of a
@@ -51,13 +50,6 @@ class Seq2SeqQueries(DocumentQueryMaker):
 
     Recipe = Seq2SeqRecipe
     recipe: Seq2SeqRecipe
-    resumable = True
-    chunk = 128
-
-    @cached_property
-    def source(self) -> ModelSource:
-        """Where the model is."""
-        return find_model(self.recipe.model, self.recipe.revision)
 
     @cached_property
     def network(self) -> LanguageModel:
@@ -66,15 +58,6 @@ class Seq2SeqQueries(DocumentQueryMaker):
         if not loaded.encoder_decoder:
             raise InputError(f"model '{self.source.name}' is no encoder-decoder; ask it by a prompt with kind: llm")
         return loaded
-
-    @property
-    def model(self) -> str:  # type: ignore[override]
-        """The model's name."""
-        return self.source.name
-
-    def refs(self) -> dict[str, InputRef]:
-        """The model."""
-        return {"model": self.source.ref()}
 
     def details(self) -> dict[str, Any]:
         """Model and revision."""
