@@ -106,7 +106,7 @@ class SparseLoss(SpladeLoss):
 
 
 class ActiveTerms:
-    """Mean active terms of queries and documents since they were last logged, and batches in a row that have collapsed."""
+    """Mean active terms of queries and documents since they were last logged; collapsed batches in a row."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}

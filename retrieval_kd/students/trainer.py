@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from retrieval_kd.errors import UsageError
 from retrieval_kd.losses.objective import WeightedLosses
 from retrieval_kd.models.encoder import quiet_loading
+from retrieval_kd.models.onednn import onednn_training
 from retrieval_kd.models.positions import cap_lengths
 from retrieval_kd.students.base import Fitted
 from retrieval_kd.students.collate import GroupCollator, without_weights
@@ -101,7 +102,7 @@ def train_to_the_end(trainer: Any, objective: LossModule) -> Any:
     if last:
         log.info("going on from %s", last.name)
     try:
-        with quiet_loading():
+        with quiet_loading(), onednn_training(trainer.model):
             trainer.train(resume_from_checkpoint=str(last) if last else None)
     except DivergedError as error:
         good = last_checkpoint(checkpoints)
