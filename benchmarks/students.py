@@ -144,7 +144,8 @@ def _losses(kind: str, how: str) -> str:
         return "losses=[{kind: kl}]"  # unused: no step is taken
     tau = TEMPERATURES.get(kind)
     labels = f"{{kind: info-nce{f', temperature: {tau}' if tau else ''}}}"
-    teacher = f"{{kind: kl{f', student_temperature: {tau}' if tau else ''}}}"
+    # kl is multiplied by the square of the temperature: the weight takes that away again
+    teacher = f"{{kind: kl{f', student_temperature: {tau}, weight: {1 / tau**2:g}' if tau else ''}}}"
     return f"losses=[{labels}, {teacher}]" if how == "distilled" else f"losses=[{labels}]"
 
 
