@@ -38,5 +38,5 @@ $(BIN)/python:
 	@touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) -e '.[cpu,demo,onnx,api,lora,dev]'
+	$(PIP_INSTALL) -e '.[cpu,demo,onnx,api,lora,seismic,lucene,qdrant,milvus,dev]'
 	@touch $@ .venv/.demo

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from retrieval_kd.artifact import Artifact
     from retrieval_kd.data.collection import Collection
+    from retrieval_kd.data.engine_formats.export import export_vectors
+    from retrieval_kd.data.engine_formats.loading import EngineExport
+    from retrieval_kd.data.engine_formats.milvus import load_milvus
+    from retrieval_kd.data.engine_formats.qdrant import load_qdrant
     from retrieval_kd.data.merge_scores import merge_scores
     from retrieval_kd.data.run import Run
     from retrieval_kd.data.score_formats.convert import convert_scores
@@ -29,6 +33,9 @@ if TYPE_CHECKING:
     from retrieval_kd.eval.report import Report
     from retrieval_kd.indexes.base import Index
     from retrieval_kd.indexes.build import build_index
+    from retrieval_kd.indexes.decode import decode_index
+    from retrieval_kd.indexes.tune import tune_index
+    from retrieval_kd.indexes.update import update_index
     from retrieval_kd.models.encode import encode
     from retrieval_kd.models.export import export_model
     from retrieval_kd.models.load import Model
@@ -46,6 +53,7 @@ __all__ = [
     "ArtifactError",
     "Collection",
     "DataError",
+    "EngineExport",
     "Hit",
     "Index",
     "InputError",
@@ -63,11 +71,15 @@ __all__ = [
     "build_index",
     "check",
     "convert_scores",
+    "decode_index",
     "describe_scores",
     "encode",
     "ensemble_scores",
     "evaluate",
     "export_model",
+    "export_vectors",
+    "load_milvus",
+    "load_qdrant",
     "make_collection",
     "make_queries",
     "merge_scores",
@@ -75,11 +87,17 @@ __all__ = [
     "score",
     "search_run",
     "train",
+    "tune_index",
+    "update_index",
 ]
 
 _HOMES = {
     "artifact": ("Artifact",),
     "data.collection": ("Collection",),
+    "data.engine_formats.export": ("export_vectors",),
+    "data.engine_formats.loading": ("EngineExport",),
+    "data.engine_formats.milvus": ("load_milvus",),
+    "data.engine_formats.qdrant": ("load_qdrant",),
     "data.merge_scores": ("merge_scores",),
     "data.run": ("Run",),
     "data.score_formats.convert": ("convert_scores",),
@@ -101,6 +119,9 @@ _HOMES = {
     "eval.report": ("Report",),
     "indexes.base": ("Index",),
     "indexes.build": ("build_index",),
+    "indexes.decode": ("decode_index",),
+    "indexes.tune": ("tune_index",),
+    "indexes.update": ("update_index",),
     "models.encode": ("encode",),
     "models.export": ("export_model",),
     "models.load": ("Model",),

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from retrieval_kd.errors import RetrievalKDError, UsageError
+from retrieval_kd.indexes_cli import indexes_app
 from retrieval_kd.options import (
     Collection,
     DryRun,
@@ -59,6 +60,7 @@ app = typer.Typer(
 )
 app.add_typer(scores_app, name="scores")
 app.add_typer(students_app)
+app.add_typer(indexes_app)
 
 
 @app.callback(invoke_without_command=True)
@@ -167,33 +169,6 @@ def encode(
 
 
 @app.command()
-def index(
-    recipe: Annotated[str, typer.Argument(help="An index recipe: a file, or the name of a shipped one.")],
-    out: Out,
-    collection: MaybeCollection = None,
-    vectors: Annotated[Path | None, typer.Option("--vectors", metavar="V", help="The documents' vectors.")] = None,
-    model: MaybeModel = None,
-    overrides: Overrides = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    verbose: Verbose = None,
-) -> None:
-    """Build a search index over a collection's texts or over vectors.
-
-    \b
-    Example: retrieval-kd index indexes/bm25 --collection pydocs --out runs/bm25
-    """
-    from retrieval_kd.indexes.build import build_index, estimate_index
-
-    inputs: dict[str, Any] = {"collection": collection, "vectors": vectors, "model": model}
-    if dry_run:
-        cost = estimate_index(recipe, **inputs, overrides=overrides or ())
-        return show_plan("indexes", recipe, overrides, cost, as_json)
-    make(out, lambda: build_index(recipe, **inputs, out=out, overrides=overrides or (), force=force), as_json)
-
-
-@app.command()
 def search(
     index: Annotated[Path, typer.Argument(help="An index artifact.")],
     query: Annotated[str | None, typer.Argument(help="One query; without it a whole split is searched.")] = None,
@@ -208,6 +183,10 @@ def search(
     parameters: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A search parameter, such as nprobe=64.")
     ] = None,
+    filters: Annotated[
+        list[str] | None,
+        typer.Option("--filter", metavar="F", help="Hits with 'year >= 2020' or 'lang in en,de'; all given must hold."),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     verbose: Verbose = None,
@@ -215,7 +194,7 @@ def search(
     """Search for one query, or write a split's whole run.
 
     \b
-    Example: retrieval-kd search runs/bm25 "merge several sorted iterables" -k 5
+    Example: retrieval-kd search runs/bm25 "merge several sorted iterables" -k 5 --filter "module = heapq"
     Example: retrieval-kd search runs/bm25 --collection pydocs --split test --out runs/bm25-test.trec
     """
     from retrieval_kd.recipe import apply_overrides
@@ -227,13 +206,14 @@ def search(
         from retrieval_kd.search.searcher import Searcher
 
         searcher = Searcher.load(index, model=model, collection=collection, search=values)
-        return show_hits(searcher.search(query, k or 10), as_json)
+        return show_hits(searcher.search(query, k or 10, filters=filters or ()), as_json)
     if collection is None or split is None or out is None:
         raise UsageError("search needs a QUERY, or --collection, --split and --out for a whole run")
     from retrieval_kd.search.run import search_run
 
     whole = (index, collection, split, out)
-    make(out, lambda: search_run(*whole, k=k or 100, model=model, vectors=vectors, search=values, force=force), as_json)
+    how: dict[str, Any] = {"model": model, "vectors": vectors, "search": values, "filters": filters or ()}
+    make(out, lambda: search_run(*whole, k=k or 100, **how, force=force), as_json)
 
 
 @app.command()

@@ -18,19 +18,12 @@ def _log_level(verbose: bool | None) -> bool | None:
     return verbose
 
 
-Collection = Annotated[
-    str, typer.Option("--collection", metavar="C", help="A collection artifact, a BEIR folder, irds:ID or pydocs.")
-]
-MaybeCollection = Annotated[
-    str | None,
-    typer.Option("--collection", metavar="C", help="A collection artifact, a BEIR folder, irds:ID or pydocs."),
-]
-MaybeModel = Annotated[
-    str | None,
-    typer.Option(
-        "--model", metavar="M", help="A model artifact, a sentence-transformers directory, a hub name or builtin."
-    ),
-]
+_COLLECTION = typer.Option("--collection", metavar="C", help="A collection artifact, a BEIR folder, irds:ID or pydocs.")
+MODEL_NAMES = "A model artifact, a sentence-transformers directory, a hub name or builtin"
+
+Collection = Annotated[str, _COLLECTION]
+MaybeCollection = Annotated[str | None, _COLLECTION]
+MaybeModel = Annotated[str | None, typer.Option("--model", metavar="M", help=f"{MODEL_NAMES}.")]
 Split = Annotated[str, typer.Option("--split", metavar="S", help="The split whose queries and qrels are used.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the result goes.")]
 Overrides = Annotated[

@@ -118,7 +118,8 @@ def demo(
         if read_recipe(find_recipe(teacher, "teachers"), "teachers").get("model") != "builtin":
             pipeline = "pipelines/demo-reranker"
     if size == "tiny":
-        overrides += ["variables.sample=200", "variables.steps=2", "variables.pq=indexes/pq-tiny"]
+        smaller = {"sample": 200, "steps": 2, "pq": "indexes/pq-tiny", "vq": "PQ32x4"}
+        overrides += [f"variables.{name}={value}" for name, value in smaller.items()]
     elif size != "full":
         raise UsageError(f"size '{size}'{did_you_mean(size, ['full', 'tiny'])}")
     return run_pipeline(pipeline, out, overrides, force=force)

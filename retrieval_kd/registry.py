@@ -77,8 +77,23 @@ STUDENTS = {
 }
 INDEXES = {
     "bm25": Entry("retrieval_kd.indexes.bm25:BM25Index", "BM25 without a JVM (bm25s)"),
+    "distill-vq": Entry(
+        "retrieval_kd.indexes.distill_vq.engine:DistillVQIndex",
+        "PQ or RQ codes and IVF lists that learn a teacher's relevance; a stock FAISS index",
+        "cpu",
+    ),
     "faiss": Entry("retrieval_kd.indexes.faiss_index:FaissIndex", "any FAISS factory string over dense vectors", "cpu"),
+    "late-interaction": Entry(
+        "retrieval_kd.indexes.late_interaction:LateInteractionIndex",
+        "FAISS over tokens: candidates and their MaxSim (PLAID), or retrieved tokens alone (XTR)",
+        "cpu",
+    ),
+    "lucene": Entry("retrieval_kd.indexes.lucene:LuceneBM25Index", "BM25 in Lucene, by pyserini", "lucene"),
+    "lucene-impact": Entry(
+        "retrieval_kd.indexes.lucene:LuceneImpactIndex", "sparse vectors as whole impacts in Lucene", "lucene"
+    ),
     "maxsim-exact": Entry("retrieval_kd.indexes.maxsim_exact:MaxSimExactIndex", "exact MaxSim over token vectors"),
+    "seismic": Entry("retrieval_kd.indexes.seismic:SeismicIndex", "sparse vectors, approximate and fast", "seismic"),
     "sparse-exact": Entry("retrieval_kd.indexes.sparse_exact:SparseExactIndex", "exact products of sparse vectors"),
 }
 EVALUATIONS = {

@@ -16,6 +16,7 @@ READERS = {
     "vectors": "retrieval_kd.data.vectors:Vectors",
     "model": "retrieval_kd.models.load:Model",
     "index": "retrieval_kd.indexes.base:Index",
+    "engine-export": "retrieval_kd.data.engine_formats.loading:EngineExport",
     "report": "retrieval_kd.eval.report:Report",
 }
 """Kind of artifact → the class that reads it and knows its invariants."""

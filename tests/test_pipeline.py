@@ -153,7 +153,16 @@ def test_demo_at_its_tiny_size(tmp_path: Path) -> None:
     assert all(Manifest.read(path).artifact for path in paths.values() if (path / MANIFEST).is_file())
     assert len(Collection.load(paths["collection"]).documents) == 200
     metrics = json.loads((paths["report"] / "metrics.json").read_text())
-    for index in ("BM25", "teacher", "start", "distilled", "distilled-PQ", "labels-only", "labels+distilled"):
+    for index in (
+        "BM25",
+        "teacher",
+        "start",
+        "distilled",
+        "distilled-PQ",
+        "distilled-VQ",
+        "labels-only",
+        "labels+distilled",
+    ):
         assert f'"{index}"' in json.dumps(metrics)
     assert Manifest.read(paths["distilled"]).counts["steps"] == 2
     before = manifests(out)

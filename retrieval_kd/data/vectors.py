@@ -118,6 +118,11 @@ class Vectors(Artifact):
         return str(self.manifest.details["similarity"])
 
     @property
+    def decoded(self) -> bool:
+        """Whether these are what the codes of an index stand for, and not what the model made."""
+        return self.manifest.details.get("kind") == "decode"
+
+    @property
     def dimension(self) -> int:
         """The length of a vector: numbers of a dense one or of a token's, terms of the vocabulary of a sparse one."""
         return int(self.manifest.details["dimension"])

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrieval_kd.artifact import Manifest, locate_input, resolve
+from retrieval_kd.artifact import MANIFEST, Manifest, locate_input, resolve
 from retrieval_kd.errors import ArtifactError
+from retrieval_kd.indexes.base import input_names
 
 if TYPE_CHECKING:
     from retrieval_kd.search.searcher import Searcher
@@ -22,7 +23,8 @@ log = logging.getLogger("retrieval_kd")
 
 WARM_UP = 3
 HITS = 10
-_ID_FILES = {"ids.arrow", "rank.npy"}
+_BESIDE = {"ids.arrow", "rank.npy", "attributes.arrow", "deleted.npy", MANIFEST}
+"""Files that say which documents the rows are: every engine has them. Segments have manifests of their own."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,14 @@ def measure_efficiency(index: Path, searcher: Searcher, queries: Sequence[str], 
 
 
 def bytes_per_document(index: Path, manifest: Manifest) -> float:
-    """Bytes of an index's files, the ids apart, over its documents. Raises `ArtifactError` when it counts none."""
+    """Bytes of an index's files, ids and attributes apart, over its live documents.
+
+    Raises `ArtifactError` when it counts none.
+    """
     documents = manifest.counts.get("documents", 0)
     if documents < 1:
         raise ArtifactError(f"{index}: its manifest counts no documents; build the index again")
-    size = sum(entry["bytes"] for name, entry in manifest.files.items() if Path(name).name not in _ID_FILES)
+    size = sum(entry["bytes"] for name, entry in manifest.files.items() if Path(name).name not in _BESIDE)
     return float(size / documents)
 
 
@@ -69,15 +74,20 @@ def documents_per_second(index: Path, manifest: Manifest) -> float | None:
 
     An index without vectors (BM25) has none, and neither have vectors that were imported or moved away.
     """
-    if "vectors" not in manifest.inputs:
-        return None
-    try:
-        vectors = Manifest.read(resolve(locate_input(resolve(index), manifest, "vectors")))
-    except ArtifactError as error:
-        log.warning("the report leaves the encoding speed open: %s", error)
-        return None
-    speed = vectors.details.get("texts_per_second")
-    return float(speed) if speed else None
+    names = input_names(manifest.inputs, "vectors")
+    texts, seconds = 0, 0.0
+    for name in names:
+        try:
+            vectors = Manifest.read(resolve(locate_input(resolve(index), manifest, name)))
+        except ArtifactError as error:
+            log.warning("the report leaves the encoding speed open: %s", error)
+            return None
+        speed = vectors.details.get("texts_per_second")
+        if not speed:
+            return None
+        texts += vectors.counts["vectors"]
+        seconds += vectors.counts["vectors"] / speed
+    return texts / seconds if names else None
 
 
 def machine() -> dict[str, str | int]:

@@ -15,6 +15,7 @@ from retrieval_kd.artifact import InputRef, Manifest, Plan, is_artifact, resolve
 from retrieval_kd.errors import ArtifactError, DataError, InputError, RecipeError, UsageError, did_you_mean, first
 from retrieval_kd.eval.report import Report, write_report
 from retrieval_kd.eval.schema import EvaluationRecipe
+from retrieval_kd.indexes.base import input_names
 from retrieval_kd.measures import about, evaluate_run
 from retrieval_kd.progress import progress
 from retrieval_kd.recipe import Recipe, load_recipe
@@ -264,14 +265,15 @@ def _load_run(path: Path, collection: Collection) -> Run:
 
 
 def _refuse_other_collection(path: Path, manifest: Manifest, collection: Collection, *, required: bool) -> None:
-    entry = manifest.inputs.get("collection")
-    if entry is None:
+    made_from = [manifest.inputs[name]["fingerprint"] for name in input_names(manifest.inputs, "collection")]
+    if not made_from:
         if required:
             raise ArtifactError(f"{path}: does not say from which collection it was made; build it again")
         return
-    if entry["fingerprint"] != collection.fingerprint:
+    if collection.fingerprint not in made_from:
         raise ArtifactError(
-            f"{path}: was made from another collection (fingerprint {entry['fingerprint'][:12]}) than "
+            f"{path}: was made from another collection "
+            f"(fingerprint {' or '.join(fingerprint[:12] for fingerprint in made_from)}) than "
             f"{collection.path} (fingerprint {collection.fingerprint[:12]})"
         )
 

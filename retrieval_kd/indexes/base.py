@@ -9,15 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
+from pydantic import Field
 
-from retrieval_kd.artifact import Artifact, Draft, resolve
+from retrieval_kd.artifact import Artifact, Draft, published_path
 from retrieval_kd.errors import ArtifactError, DataError, UsageError
 from retrieval_kd.recipe import Recipe, Section, validate
 from retrieval_kd.registry import implementation
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
+    from retrieval_kd.data.scores import Scores
     from retrieval_kd.data.vectors import Vectors
+
+SEGMENTS = "segments"
+"""In the details of an index of several pieces: the folders that hold them, in the order of their rows."""
+DELETED = "deleted.npy"
+"""The rows [d] int64 of documents that were deleted; no file when none were."""
+UPDATED_FROM = "updated_from"
+"""In the details of an index that was changed: the generation and fingerprint that it was before."""
 
 
 class IndexRecipe(Recipe):
@@ -25,15 +34,26 @@ class IndexRecipe(Recipe):
 
     stage: ClassVar[str] = "indexes"
 
+    shards: int = Field(default=1, ge=1)
+    """Pieces of equal numbers of documents, built one after the other and searched as one."""
     search: Section = Section()
 
 
 @dataclass(frozen=True)
 class Source:
-    """What an index is built from: vectors, or the collection of a text index."""
+    """What an index is built from: vectors, or the collection of a text index; a learned one, what it learns from."""
 
     collection: Collection | None = None
     vectors: Vectors | None = None
+    queries: Vectors | None = None
+    scores: Sequence[Scores] = ()
+    whole: Vectors | None = None
+    """The vectors of the whole index where ``vectors`` are those of one shard."""
+
+    @property
+    def training(self) -> Vectors | None:
+        """The vectors that centroids and codebooks are trained on."""
+        return self.vectors if self.whole is None else self.whole
 
 
 class Shape(NamedTuple):
@@ -55,6 +75,16 @@ class Index(Artifact):
     Recipe: ClassVar[type[IndexRecipe]] = IndexRecipe
     takes: ClassVar[str] = ""
     """What a query is: ``text`` (a string), or the layout of its vectors: ``dense``, ``sparse``, ``multi-vector``."""
+    learns_from: ClassVar[frozenset[str]] = frozenset()
+    """What a build may be given beside vectors: ``queries`` (their vectors) and ``scores`` (score files)."""
+    segmentable: ClassVar[bool] = True
+    """Whether a score depends on query and document alone (and what was learned once), so that pieces make a whole."""
+    deterministic: ClassVar[bool] = True
+    """Whether two builds of the same give the same bytes."""
+    resumable: ClassVar[bool] = False
+    """Whether a build that was killed goes on from what it left in the draft."""
+
+    recipe: IndexRecipe
 
     @classmethod
     def load(cls, path: str | Path, *, verify: bool = True, search: Mapping[str, Any] | None = None) -> Self:
@@ -63,20 +93,46 @@ class Index(Artifact):
         Raises `ArtifactError` for something else than an index or a damaged one, `RecipeError` for a search
         parameter that the index does not have, `MissingExtraError` when its engine is not installed.
         """
-        directory = resolve(Path(path))
-        manifest = super().load(path, verify=verify).manifest
+        found = super().load(path, verify=verify)
+        directory, manifest = found.path, found.manifest
         engine = implementation("indexes", str(manifest.recipe.get("kind")))
         if not issubclass(engine, cls):
             raise ArtifactError(f"{path}: a {manifest.recipe.get('kind')} index; another kind is needed here")
-        index: Self = engine(directory, manifest)
-        recipe = validate(engine.Recipe, manifest.recipe, str(path))
-        index.open(recipe, index.search_parameters(recipe, search or {}))
+        index: Any = engine(directory, manifest)
+        if SEGMENTS in manifest.details:
+            from retrieval_kd.indexes.segments import Segments
+
+            index = Segments(directory, manifest, engine)
+        index.recipe = validate(engine.Recipe, manifest.recipe, str(path))
+        given = engine.search_overrides(directory, search or {})
+        index.open(index.recipe, index.search_parameters(index.recipe, given))
+        # Opened now: an update may take this generation away while it is read.
+        _ = index.ids, index.rank, index.attributes, index.live
+        return index  # type: ignore[no-any-return]
+
+    @classmethod
+    def without_engine(cls, path: str | Path, *, verify: bool = True) -> Index:
+        """The index at ``path`` with its ids, attributes and deletions, which cannot be searched and takes no memory.
+
+        Raises as `load`.
+        """
+        found = super().load(path, verify=verify)
+        index = Index(found.path, found.manifest)
+        engine = implementation("indexes", str(index.manifest.recipe.get("kind")))
+        index.recipe = validate(engine.Recipe, index.manifest.recipe, str(path))
         return index
 
     @classmethod
     def build(cls, recipe: Any, source: Source, draft: Draft) -> None:
         """Writes the engine's native files and the rows' ids into ``draft``, and fills its details."""
         raise NotImplementedError
+
+    def grow(self, source: Source, draft: Draft) -> None:
+        """Writes an index of ``source`` into ``draft`` with what this one has learned: scores of both can be compared.
+
+        Here nothing is learned, and it is a build with the same recipe.
+        """
+        type(self).build(self.recipe, source, draft)
 
     @classmethod
     def estimate(cls, recipe: Any, source: Collection | Shape) -> tuple[float, int]:
@@ -87,8 +143,11 @@ class Index(Artifact):
         """Opens the native files with these search parameters."""
         raise NotImplementedError
 
-    def search(self, queries: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: Any, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Scores [Q, k] float32 and rows [Q, k] int64 in the fixed order; no hit is row -1 with score -inf.
+
+        ``allowed`` [n] bool are the rows that may be hits (None: all): the hits are those that a search for all rows
+        would give, without the others.
 
         ``queries`` are strings for ``takes == "text"``, a float32 array [Q, d] for ``dense``, a
         ``scipy.sparse.csr_array`` [Q, terms] for ``sparse`` and a list of float32 arrays [tokens, d] for
@@ -106,6 +165,11 @@ class Index(Artifact):
         """The search parameters in force, by name."""
         return self._search_values
 
+    @classmethod
+    def search_overrides(cls, path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The ``given`` search parameters of the generation at ``path``, where an engine has a name for several."""
+        return dict(given)
+
     def search_parameters(self, recipe: IndexRecipe, overrides: Mapping[str, Any]) -> Section:
         """The recipe's search section with ``overrides``; `RecipeError` for an unknown name or a bad value."""
         merged = {**recipe.search.model_dump(exclude_none=True), **overrides}
@@ -122,40 +186,86 @@ class Index(Artifact):
 
     def ids_of(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """The document ids of ``rows`` (none may be -1)."""
-        found: list[str] = self.ids.take(np.asarray(rows, dtype=np.int64)).to_pylist()
-        return found
+        rows = np.asarray(rows, dtype=np.int64)
+        if self.ids.num_chunks == 1:
+            found: list[str] = self.ids.chunk(0).take(rows).to_pylist()
+            return found
+        # Of several chunks Arrow makes one first: a copy of all ids.
+        ids, start = np.empty(len(rows), dtype=object), 0
+        for chunk in self.ids.chunks:
+            here = (rows >= start) & (rows < start + len(chunk))
+            ids[here] = chunk.take(rows[here] - start).to_pylist()
+            start += len(chunk)
+        return list(ids)
 
     @cached_property
     def rank(self) -> np.ndarray:
         """The position [n] int32 of each row when ids are sorted descending: equal scores are ordered by it."""
         return np.asarray(np.load(self.path / "rank.npy", mmap_mode="r"))
 
+    @cached_property
+    def attributes(self) -> Any:
+        """The attributes of each row's document: an Arrow table, memory-mapped; None when there are none."""
+        from retrieval_kd.indexes.attributes import ATTRIBUTES, read_attributes
+
+        return read_attributes(self.path / ATTRIBUTES)
+
+    def matching(self, filters: Sequence[str]) -> np.ndarray | None:
+        """Whether each row [n] fulfils every filter (``year >= 2020``, ``lang in en,de``); None without filters.
+
+        Raises `UsageError` for an attribute that there is not, or a value that it cannot have.
+        """
+        from retrieval_kd.indexes.attributes import matching
+
+        return matching(self.attributes, filters, str(published_path(self.path))) if filters else None
+
+    @cached_property
+    def live(self) -> np.ndarray | None:
+        """Whether each row [n] is a document that is not deleted; None when all are."""
+        if not (self.path / DELETED).is_file():
+            return None
+        live = np.ones(len(self), dtype=bool)
+        live[np.load(self.path / DELETED)] = False
+        return live
+
     def __len__(self) -> int:
-        return int(self.manifest.counts["documents"])
+        """The number of rows, those of deleted documents among them."""
+        return int(self.manifest.counts["documents"]) + int(self.manifest.counts.get("deleted", 0))
 
     def problems(self) -> list[str]:
         """Broken invariants of the rows: counts that differ, ids that repeat, ranks that are no order."""
+        import pyarrow as pa
+
         found = []
         if len(self.ids) != len(self):
-            found.append(f"{len(self)} documents but {len(self.ids)} ids")
-        if self.ids.null_count or len(self.ids.unique()) != len(self.ids):
+            return [f"{len(self)} documents but {len(self.ids)} ids"]
+        if self.attributes is not None and self.attributes.num_rows != len(self):
+            found.append(f"{len(self)} documents but attributes of {self.attributes.num_rows}")
+        ids = self.ids if self.live is None else self.ids.filter(pa.array(self.live))
+        if ids.null_count or len(ids.unique()) != len(ids):
             found.append("ids are not unique")
         elif not np.array_equal(descending_rank(self.ids), self.rank):
             found.append("rank.npy is not the descending order of the ids")
         return found
 
 
-def write_rows(folder: Path, ids: Any) -> int:
+def input_names(inputs: Mapping[str, Any], kind: str) -> list[str]:
+    """The inputs ``kind``, ``kind_2``, … of a manifest, in this order: later ones came with updates."""
+    names = [name for name in inputs if name == kind or name.startswith(f"{kind}_")]
+    return sorted(names, key=lambda name: 1 if name == kind else int(name.rpartition("_")[2]))
+
+
+def write_rows(folder: Path, ids: Any, *, unique: bool = True) -> int:
     """The number of rows, after writing their ids (``ids.arrow``) and tie order (``rank.npy``) to ``folder``.
 
-    Raises `DataError` when an id repeats: its hits could not be told apart.
+    Raises `DataError` when an id repeats: its hits could not be told apart (unless only one of them is alive).
     """
     import pyarrow as pa
 
     from retrieval_kd.data.vector_writer import write_ids
 
     array = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids, pa.string())
-    if len(array.unique()) != len(array):
+    if unique and len(array.unique()) != len(array):
         raise DataError(f"{len(array) - len(array.unique())} document ids repeat; ids must be unique")
     write_ids(folder / "ids.arrow", array)
     np.save(folder / "rank.npy", descending_rank(array))
@@ -182,14 +292,33 @@ def ordered(scores: np.ndarray, rows: np.ndarray, rank: np.ndarray, k: int) -> t
     return top_scores, top_rows
 
 
-def best_positive(scores: np.ndarray, rank: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best ``k`` of one query's scores [documents], those above 0 only, as `ordered` gives them."""
-    found = np.flatnonzero(scores > 0)
+def best_positive(
+    scores: np.ndarray, rank: np.ndarray, k: int, allowed: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best ``k`` of one query's scores [documents], those above 0 and allowed only, as `ordered` gives them."""
+    found = np.flatnonzero(scores > 0 if allowed is None else (scores > 0) & allowed)
     if len(found) > k:
         positive = scores[found]
         boundary = np.partition(positive, len(positive) - k)[len(positive) - k]
         found = found[positive >= boundary]  # a tie at the k-th hit is whole before it is ordered
     return ordered(scores[found], found, rank, k)
+
+
+def merged(
+    scores: np.ndarray, rows: np.ndarray, more_scores: np.ndarray, more_rows: np.ndarray, rank: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best k of two lists of k hits a query [Q, k] each, score descending then id descending."""
+    scores, rows = np.concatenate([scores, more_scores], axis=1), np.concatenate([rows, more_rows], axis=1)
+    order = np.lexsort((np.where(rows < 0, len(rank), rank[rows]), -scores))[:, : more_rows.shape[1]]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+
+def check_allowed(allowed: np.ndarray | None, documents: int) -> None:
+    """Raises `UsageError` unless ``allowed`` is None or says of each row whether it may be a hit."""
+    if allowed is not None and (allowed.dtype != bool or allowed.shape != (documents,)):
+        raise UsageError(
+            f"allowed is an array of {documents} booleans, one a row (got {allowed.dtype} {list(allowed.shape)})"
+        )
 
 
 def check_k(k: int) -> None:

@@ -12,7 +12,16 @@ from pydantic import Field
 from retrieval_kd.artifact import Draft
 from retrieval_kd.data.analyzer import Analyzer, StemmerName, StopWords
 from retrieval_kd.errors import InputError, UsageError
-from retrieval_kd.indexes.base import Index, IndexRecipe, Shape, Source, best_positive, check_k, write_rows
+from retrieval_kd.indexes.base import (
+    Index,
+    IndexRecipe,
+    Shape,
+    Source,
+    best_positive,
+    check_allowed,
+    check_k,
+    write_rows,
+)
 from retrieval_kd.progress import progress
 
 if TYPE_CHECKING:
@@ -41,6 +50,7 @@ class BM25Index(Index):
 
     Recipe = BM25Recipe
     takes: ClassVar[str] = "text"
+    segmentable: ClassVar[bool] = False
 
     @classmethod
     def build(cls, recipe: BM25Recipe, source: Source, draft: Draft) -> None:
@@ -89,9 +99,12 @@ class BM25Index(Index):
         """True: every document that shares a term with the query is scored."""
         return True
 
-    def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries: Sequence[str], k: int, allowed: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Scores [Q, k] and rows [Q, k] of the texts; a query without a known term has no hit."""
         check_k(k)
+        check_allowed(allowed, len(self))
         if isinstance(queries, str):
             raise UsageError("search takes a list of query texts (got one string)")
         analyzer = Analyzer(self._recipe.stemmer, self._recipe.stop_words)
@@ -100,7 +113,8 @@ class BM25Index(Index):
         for place, query in enumerate(queries):
             known = [self._vocabulary[term] for term in analyzer.terms(query) if term in self._vocabulary]
             if known:
-                scores[place], rows[place] = best_positive(self._engine.get_scores_from_ids(known), self.rank, k)
+                of_all = self._engine.get_scores_from_ids(known)
+                scores[place], rows[place] = best_positive(of_all, self.rank, k, allowed)
         return scores, rows
 
     def problems(self) -> list[str]:

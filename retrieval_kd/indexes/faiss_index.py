@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from pydantic import Field
 
 from retrieval_kd.artifact import Draft
-from retrieval_kd.errors import InputError, RecipeError, RetrievalKDError, UsageError, first
+from retrieval_kd.errors import ArtifactError, InputError, RecipeError, RetrievalKDError, UsageError, first
 from retrieval_kd.indexes import faiss_structure as structure
-from retrieval_kd.indexes.base import Index, IndexRecipe, Shape, Source, check_k, ordered, write_rows
+from retrieval_kd.indexes.base import Index, Shape, Source, check_allowed, check_k, write_rows
+from retrieval_kd.indexes.faiss_build import BATCH, add, faiss_errors, normalised, threads, train
+from retrieval_kd.indexes.faiss_device import CagraGraph, builder, placement, to_cpu, to_gpus
 from retrieval_kd.indexes.faiss_package import import_faiss
-from retrieval_kd.progress import progress
-from retrieval_kd.recipe import Section
+from retrieval_kd.indexes.faiss_recipe import FaissRecipe, FaissSearch, Rerank
+from retrieval_kd.indexes.faiss_search import NativeSearch, in_order, padded
+from retrieval_kd.indexes.stored_vectors import StoredVectors, StoredVectorsWriter, stored_bytes
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
@@ -25,34 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("retrieval_kd")
 
 NATIVE = "index.faiss"
-_BATCH = 65536
-_POINTS_PER_CENTROID = 39
-"""With fewer training vectors a centroid than this (FAISS's own limit) the centroids are poor."""
-
-
-class FaissSearch(Section):
-    """What can change after the build; null leaves FAISS's own value."""
-
-    nprobe: int | None = Field(default=None, ge=1)
-    ef_search: int | None = Field(default=None, ge=1)
-    quantizer_ef_search: int | None = Field(default=None, ge=1)
-    k_factor: float | None = Field(default=None, ge=1)
-
-
-class FaissRecipe(IndexRecipe):
-    """A FAISS factory string, how it is trained, and its search parameters."""
-
-    kind: Literal["faiss"]
-    factory: str = Field(min_length=1)
-    metric: Literal["auto", "inner_product", "cosine"] = "auto"
-    """``auto``: the vectors' own similarity. ``cosine`` normalises documents when added and queries when searched."""
-    train_sample: int = Field(default=262144, ge=1)
-    """At most so many documents, drawn with ``seed``, train centroids and codebooks."""
-    seed: int = Field(default=1234, ge=0, lt=2**31)
-    ef_construction: int | None = Field(default=None, ge=1)
-    threads: int | None = Field(default=None, ge=1)
-    """Threads of the build; null: all, but one for a graph, whose links depend on the order threads come in."""
-    search: FaissSearch = FaissSearch()
+_CANDIDATES = 100
+"""Candidates that are scored again unless ``candidates`` says otherwise."""
 
 
 class FaissIndex(Index):
@@ -65,134 +43,239 @@ class FaissIndex(Index):
     def build(cls, recipe: FaissRecipe, source: Source, draft: Draft) -> None:
         """Trains on a seeded sample, adds the memory-mapped vectors in batches and writes ``index.faiss``.
 
-        The same recipe and vectors give the same bytes. Raises `RecipeError` for a factory string or parameter
-        that does not fit, `InputError` for too few vectors or for NaN and infinite values.
+        The same recipe and vectors give the same bytes on the CPU. Raises `RecipeError` for a factory string or
+        parameter that does not fit, `InputError` for too few vectors or for NaN and infinite values.
         """
-        if source.vectors is None:
-            raise UsageError("a faiss index is built from vectors")
-        faiss = import_faiss()
-        vectors = source.vectors
-        matrix = vectors.matrix
-        if not len(matrix):
-            raise InputError(f"{vectors.path}: holds no vectors")
-        cosine = _is_cosine(recipe.metric, vectors.similarity)
-        index = structure.new_index(recipe.factory, matrix.shape[1])
-        structure.set_parameters(index, recipe.factory, recipe.search.model_dump(exclude_none=True))
+        vectors = _vectors_of(source)
+        cosine = recipe.metric == "cosine" or (recipe.metric == "auto" and vectors.similarity == "cosine")
+        index = structure.new_index(recipe.factory, vectors.dimension)
+        structure.set_parameters(index, recipe.factory, recipe.search.of_faiss())
         if recipe.ef_construction is not None:
             _set_ef_construction(index, recipe)
         structure.prepare_training(index, recipe.seed)
-        with _threads(recipe.threads or (1 if structure.is_graph(index) else None)), _faiss_errors(vectors):
-            _train(index, vectors, recipe, cosine=cosine)
-            zeros = _add(index, vectors, cosine=cosine)
-            faiss.write_index(index, str(draft.path / NATIVE))
-        if zeros and cosine:
-            log.warning("%s of %s vectors are zero and have no direction: their cosine is 0", zeros, len(matrix))
-        draft.counts["documents"] = write_rows(draft.path, vectors.ids)
-        draft.details.update(
-            metric="cosine" if cosine else "inner_product", dimension=int(matrix.shape[1]), zero_vectors=zeros
-        )
+        with threads(recipe.threads or (1 if structure.is_graph(index) else None)), faiss_errors(vectors.path):
+            gpu = builder(index, recipe.factory, placement(recipe.device))
+            sample = {"sample": recipe.train_sample, "seed": recipe.seed}
+            train(index, source.training or vectors, recipe.factory, **sample, cosine=cosine, gpu=gpu)
+            _fill(index, vectors, draft, recipe.rerank, cosine=cosine, gpu=gpu)
+
+    def grow(self, source: Source, draft: Draft) -> None:
+        """Writes an index of ``source`` with the centroids, codebooks and rotations of this one."""
+        vectors = _vectors_of(source)
+        if vectors.dimension != self.dimension:
+            raise UsageError(f"{vectors.path}: vectors of {vectors.dimension} numbers, the index has {self.dimension}")
+        index = import_faiss().read_index(str(self.path / NATIVE))
+        index.reset()
+        number = getattr(self.recipe, "threads", None)
+        with threads(number or (1 if structure.is_graph(index) else None)), faiss_errors(vectors.path):
+            _fill(index, vectors, draft, getattr(self.recipe, "rerank", None), cosine=self._cosine)
 
     @classmethod
     def estimate(cls, recipe: FaissRecipe, source: Collection | Shape) -> tuple[float, int]:
-        """Bytes a vector of this dimension, and the bytes of centroids and codebooks."""
+        """Bytes a vector of this dimension (with the one stored for re-ranking), and those of what is trained."""
         if not isinstance(source, Shape):
             raise UsageError("a faiss index is built from vectors")
         index = structure.new_index(recipe.factory, source.dimension)
-        structure.set_parameters(index, recipe.factory, recipe.search.model_dump(exclude_none=True))
-        return structure.bytes_per_vector(index), structure.fixed_bytes(index)
+        structure.set_parameters(index, recipe.factory, recipe.search.of_faiss())
+        stored = 0 if recipe.rerank is None else stored_bytes(source.dimension, recipe.rerank.store)
+        return structure.bytes_per_vector(index) + stored, structure.fixed_bytes(index)
 
     def open(self, recipe: FaissRecipe, search: FaissSearch) -> None:
-        """Reads ``index.faiss`` into memory and sets its search parameters."""
+        """Reads (or maps) ``index.faiss``, sets its search parameters and copies it to the GPUs it is to use."""
         faiss = import_faiss()
-        self._index = faiss.read_index(str(self.path / NATIVE))
-        structure.set_parameters(self._index, recipe.factory, search.model_dump(exclude_none=True))
-        self._cosine = self.manifest.details["metric"] == "cosine"
-        self._stored: np.ndarray | None = None
-        if isinstance(self._index, faiss.IndexFlat):
-            shape = (self._index.ntotal, self._index.d)
-            self._stored = faiss.rev_swig_ptr(self._index.get_xb(), shape[0] * shape[1]).reshape(shape)
-
-    @property
-    def dimension(self) -> int:
+        path = self.path / NATIVE
+        try:
+            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if search.memory_map else 0)
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"{path}: damaged ({structure.faiss_words(error)}); restore it or build again"
+            ) from error
+        self._index = index
+        self.dimension = int(index.d)
         """The length of a vector."""
-        return int(self._index.d)
+        self._cosine = self.manifest.details["metric"] == "cosine"
+        self._stored = StoredVectors.open(self.path)
+        self._whole: np.ndarray | None = None
+        if isinstance(index, faiss.IndexFlat):
+            shape = (index.ntotal, index.d)
+            self._whole = faiss.rev_swig_ptr(index.get_xb(), shape[0] * shape[1]).reshape(shape)
+        self._set(recipe, search)
+
+    @classmethod
+    def search_overrides(cls, path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+        """``given``, where ``tuned`` stands for the parameters that were found for this generation."""
+        if not isinstance(given.get("tuned"), bool):
+            return dict(given)
+        from retrieval_kd.indexes.tune import tuned_search
+
+        others = {name: value for name, value in given.items() if name != "tuned"}
+        return {**tuned_search(path), **others} if given["tuned"] else others
+
+    def set_search(self, values: Mapping[str, Any]) -> None:
+        """Changes search parameters of an open index (the others stay); not while another thread searches."""
+        self._set(self.recipe, self.search_parameters(self.recipe, values))
+
+    def _set(self, recipe: Any, search: Any) -> None:
+        structure.set_parameters(self._index, recipe.factory, search.of_faiss())
+        where = placement(search.device or "cpu", search.shard or "replicated")
+        copy = to_gpus(self._index, where, float16=self._stored is not None) if where.gpus else None
+        self._native = NativeSearch(self._index, copy)
+        self._candidates = search.candidates or _CANDIDATES
 
     @property
     def exact(self) -> bool:
         """True for ``Flat``: it compares the query with every vector."""
-        return self._stored is not None
+        return self._whole is not None
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def native(self) -> Any:
+        """The FAISS index on the CPU."""
+        return self._index
+
+    @property
+    def tunable(self) -> list[str]:
+        """The search parameters that trade time for recall."""
+        return structure.supported_parameters(self._index) + (["candidates"] if self._stored is not None else [])
+
+    def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Scores [Q, k] and rows [Q, k] of query vectors [Q, d] float32.
 
-        A tie at the k-th hit is fetched whole before it is ordered by id. ``Flat`` gives the inner products as
-        float64 sums rounded to float32, whatever the batch; the others give the scores FAISS computes from its codes.
-        Raises `UsageError` for vectors of another dimension or with NaN or infinite values.
+        A tie at the k-th hit is fetched whole before it is ordered by id. ``Flat``, and ``rerank`` among its
+        candidates, give the inner products as float64 sums rounded to float32, whatever the batch; the others give
+        the scores FAISS computes from its codes. Allowed rows are selected inside FAISS where the index can, with the
+        same effort (nprobe, k_factor, candidates); a graph scans them when they are few and searches longer when they
+        are many. Raises `UsageError` for vectors of another dimension or with NaN or infinite values.
         """
         check_k(k)
         queries = self._prepared(queries)
-        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
-        rows = np.full((len(queries), k), -1, dtype=np.int64)
-        waiting = np.arange(len(queries))
-        extra = 16 if self.exact else 1
-        while len(waiting):
-            fetch = min(k + extra, self._index.ntotal)
-            found_scores, found_rows = self._index.search(queries[waiting], fetch)
-            complete = np.ones(len(waiting), dtype=bool)
-            for i, place in enumerate(waiting):
-                hit = found_rows[i] >= 0
-                candidates, hit_rows = found_scores[i][hit], found_rows[i][hit]
-                slack = 0.0
-                last = candidates[-1] if len(candidates) else -np.inf
-                if self._stored is not None:
-                    candidates, slack = _exact_scores(self._stored[hit_rows], queries[place])
-                scores[place], rows[place] = ordered(candidates, hit_rows, self.rank, k)
-                complete[i] = len(hit_rows) < fetch or fetch == self._index.ntotal or last < scores[place, -1] - slack
-            waiting = waiting[~complete]
+        reach = len(self)
+        if allowed is not None:
+            check_allowed(allowed, reach)
+            reach = int(np.count_nonzero(allowed))
+            allowed = None if reach == len(self) else allowed
+        if not reach or not len(queries):
+            return padded(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), k)
+        wanted = min(k, reach)
+        try:
+            if self._whole is not None:
+                found = self._of_all(queries, wanted, reach, allowed)
+            elif self._stored is not None:
+                found = self._reranked(queries, wanted, reach, allowed)
+            else:
+                found = self._hits(queries, wanted, reach, allowed)
+        except RuntimeError as error:
+            raise RetrievalKDError(f"{self.path}: FAISS failed: {structure.faiss_words(error)}") from error
+        return padded(*found, k)
+
+    def _hits(
+        self, queries: np.ndarray, k: int, reach: int, allowed: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """FAISS's best ``k`` by its own scores."""
+        scores, rows = self._native.best(queries, min(k + 1, reach), allowed)
+        falling = scores[:, 1:] < scores[:, :-1]  # not so between two missing hits: one can only be the last
+        if k < reach and np.count_nonzero(falling) == falling.size:
+            return scores[:, :k], rows[:, :k]
+        best_scores = np.empty((len(queries), k), dtype=np.float32)
+        best_rows = np.empty((len(queries), k), dtype=np.int64)
+        waiting, extra = np.arange(len(queries)), 1
+        while True:
+            ordered_scores, ordered_rows = in_order(scores, rows, self.rank)
+            best_scores[waiting], best_rows[waiting] = ordered_scores[:, :k], ordered_rows[:, :k]
+            if rows.shape[1] == reach:
+                return best_scores, best_rows
+            cut = (ordered_rows[:, -1] >= 0) & (ordered_scores[:, -1] == ordered_scores[:, k - 1])
+            waiting = waiting[cut]
+            if not len(waiting):
+                return best_scores, best_rows
             extra *= 4
-        return scores, rows
+            scores, rows = self._native.best(queries[waiting], min(k + extra, reach), allowed)
+
+    def _of_all(
+        self, queries: np.ndarray, k: int, reach: int, allowed: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The best ``k`` by exact inner products: FAISS's float32 sums depend on a vector's place in the batch."""
+        assert self._whole is not None
+        whole = StoredVectors(self._whole)
+        best_scores = np.empty((len(queries), k), dtype=np.float32)
+        best_rows = np.empty((len(queries), k), dtype=np.int64)
+        waiting, extra = np.arange(len(queries)), 16
+        while len(waiting):
+            asked = queries[waiting]
+            fetch = min(k + extra, reach)
+            near, rows = self._native.best(asked, fetch, allowed)
+            scores, rows = in_order(whole.scores(asked, rows), rows, self.rank)
+            best_scores[waiting], best_rows[waiting] = scores[:, :k], rows[:, :k]
+            # No float32 sum is farther from the true one than this.
+            slack = asked.shape[1] * 2.0**-23 * self._longest * np.linalg.norm(asked, axis=1)
+            waiting = waiting[(near[:, -1] >= scores[:, k - 1] - slack) & (fetch < reach)]
+            extra *= 4
+        return best_scores, best_rows
+
+    def _reranked(
+        self, queries: np.ndarray, k: int, reach: int, allowed: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The best ``k`` of FAISS's best candidates by the stored vectors."""
+        assert self._stored is not None
+        _, rows = self._hits(queries, min(max(k, self._candidates), reach), reach, allowed)
+        scores, rows = in_order(self._stored.scores(queries, rows), rows, self.rank)
+        return scores[:, :k], rows[:, :k]
+
+    @cached_property
+    def _longest(self) -> float:
+        """The length of the longest vector of ``Flat``."""
+        assert self._whole is not None
+        parts = (self._whole[start : start + BATCH] for start in range(0, len(self._whole), BATCH))
+        return max(float(np.linalg.norm(part, axis=1).max()) for part in parts)
 
     def problems(self) -> list[str]:
-        """Broken rows, or another number of vectors in FAISS."""
+        """Broken rows, or another number of vectors in FAISS or stored for re-ranking."""
         found = super().problems()
         if self._index.ntotal != len(self):
             found.append(f"{len(self)} documents but FAISS has {self._index.ntotal} vectors")
+        if self._stored is not None and len(self._stored) != len(self):
+            found.append(f"{len(self)} documents but {len(self._stored)} vectors are stored for re-ranking")
         return found
 
     def _prepared(self, queries: np.ndarray) -> np.ndarray:
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        if queries.ndim != 2 or queries.shape[1] != self._index.d:
+        if queries.ndim != 2 or queries.shape[1] != self.dimension:
             raise UsageError(
-                f"query vectors have shape {list(queries.shape)}, this index takes [queries, {self._index.d}]; "
+                f"query vectors have shape {list(queries.shape)}, this index takes [queries, {self.dimension}]; "
                 "encode queries with the model of the index"
             )
-        bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
-        if len(bad):
-            raise UsageError(
-                f"{len(bad)} query vectors have NaN or infinite values (first: query {first(bad.tolist())})"
-            )
-        return _normalised(queries) if self._cosine else queries
+        if not math.isfinite(np.vdot(queries, queries)):  # a fast look before the exact one
+            bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
+            if len(bad):
+                raise UsageError(
+                    f"{len(bad)} query vectors have NaN or infinite values (first: query {first(bad.tolist())})"
+                )
+        return normalised(queries) if self._cosine else queries
 
 
-def _exact_scores(vectors: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, float]:
-    """Inner products [n] as float64 sums rounded to float32, and how far FAISS's float32 sums can be from them.
-
-    FAISS's sums depend on a vector's place in the batch, so that equal vectors would not tie.
-    """
-    scores = np.einsum("ij,j->i", vectors.astype(np.float64), query.astype(np.float64)).astype(np.float32)
-    largest = float(np.linalg.norm(vectors, axis=1).max(initial=0.0)) * float(np.linalg.norm(query))
-    return scores, len(query) * 2.0**-23 * largest
-
-
-def _normalised(matrix: np.ndarray) -> np.ndarray:
-    """A copy with rows of length 1; zero rows stay zero."""
-    copy = np.array(matrix, dtype=np.float32, order="C")
-    import_faiss().normalize_L2(copy)
-    return copy
+def _vectors_of(source: Source) -> Vectors:
+    """The vectors to index; `UsageError` without them, `InputError` when there are none of them."""
+    if source.vectors is None:
+        raise UsageError("a faiss index is built from vectors")
+    if not len(source.vectors.matrix):
+        raise InputError(f"{source.vectors.path}: holds no vectors")
+    return source.vectors
 
 
-def _is_cosine(metric: str, similarity: str) -> bool:
-    return metric == "cosine" or (metric == "auto" and similarity == "cosine")
+def _fill(
+    index: Any, vectors: Vectors, draft: Draft, rerank: Rerank | None, *, cosine: bool, gpu: Any | None = None
+) -> None:
+    """Adds ``vectors`` to a trained index (or its ``gpu`` copy) and writes it, the rows, and what re-ranking needs."""
+    shape = vectors.matrix.shape
+    store = None if rerank is None else StoredVectorsWriter(draft.path, (shape[0], shape[1]), rerank.store)
+    at_once = structure.adds_at_once(index) or isinstance(gpu, CagraGraph)
+    zeros = add(index if gpu is None else gpu, vectors, cosine=cosine, at_once=at_once, store=store)
+    import_faiss().write_index(index if gpu is None else to_cpu(gpu), str(draft.path / NATIVE))
+    if zeros and cosine:
+        log.warning("%s of %s vectors are zero and have no direction: their cosine is 0", zeros, shape[0])
+    draft.counts["documents"] = write_rows(draft.path, vectors.ids)
+    draft.details.update(metric="cosine" if cosine else "inner_product", dimension=int(shape[1]), zero_vectors=zeros)
+    if store is not None:
+        draft.details["rerank_error"] = round(store.close(), 6)
 
 
 def _set_ef_construction(index: Any, recipe: FaissRecipe) -> None:
@@ -200,69 +283,3 @@ def _set_ef_construction(index: Any, recipe: FaissRecipe) -> None:
         import_faiss().ParameterSpace().set_index_parameter(index, "efConstruction", float(recipe.ef_construction or 0))
     except RuntimeError as error:
         raise RecipeError(f"factory '{recipe.factory}' has no ef_construction (only HNSW graphs have)") from error
-
-
-def _train(index: Any, vectors: Vectors, recipe: FaissRecipe, *, cosine: bool) -> None:
-    if index.is_trained:
-        return
-    total = len(vectors.matrix)
-    sample = min(total, recipe.train_sample)
-    needed = structure.vectors_needed(index)
-    if sample < needed:
-        mend = "raise train_sample" if total >= needed else "choose a smaller factory or add documents"
-        raise InputError(
-            f"{vectors.path}: factory '{recipe.factory}' needs at least {needed} vectors to train "
-            f"({_POINTS_PER_CENTROID * needed} for good centroids) and gets {sample} of {total}; {mend}"
-        )
-    if sample < _POINTS_PER_CENTROID * needed:
-        log.warning(
-            "training on %s vectors; %s are advised for '%s'", sample, _POINTS_PER_CENTROID * needed, recipe.factory
-        )
-    chosen = np.sort(np.random.default_rng(recipe.seed).choice(total, sample, replace=False))
-    training = np.ascontiguousarray(vectors.matrix[chosen], dtype=np.float32)
-    _check_finite(training, chosen, vectors)
-    index.train(_normalised(training) if cosine else training)
-
-
-def _add(index: Any, vectors: Vectors, *, cosine: bool) -> int:
-    """The number of zero vectors, after all were added in batches."""
-    zeros = 0
-    total = len(vectors.matrix)
-    with progress(f"adding {total:,} vectors", total) as advance:
-        for start in range(0, total, _BATCH):
-            batch = np.ascontiguousarray(vectors.matrix[start : start + _BATCH], dtype=np.float32)
-            _check_finite(batch, np.arange(start, start + len(batch)), vectors)
-            zeros += int((~batch.any(axis=1)).sum())
-            index.add(_normalised(batch) if cosine else batch)
-            advance(len(batch))
-    return zeros
-
-
-def _check_finite(batch: np.ndarray, rows: np.ndarray, vectors: Vectors) -> None:
-    bad = rows[~np.isfinite(batch).all(axis=1)]
-    if len(bad):
-        ids = first(vectors.ids[row] for row in bad)
-        raise InputError(
-            f"{vectors.path}: {len(bad)} vectors have NaN or infinite values (documents {ids}); encode again"
-        )
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    """Runs FAISS with ``number`` threads and restores the former number."""
-    faiss = import_faiss()
-    former = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(number or former)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(former)
-
-
-@contextmanager
-def _faiss_errors(vectors: Vectors) -> Iterator[None]:
-    """Turns an exception of FAISS into ours."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RetrievalKDError(f"{vectors.path}: FAISS failed: {structure.faiss_words(error)}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -10,7 +9,8 @@ import numpy as np
 
 from retrieval_kd.artifact import Draft
 from retrieval_kd.errors import InputError, UsageError
-from retrieval_kd.indexes.base import Index, IndexRecipe, Shape, Source, check_k, ordered, write_rows
+from retrieval_kd.indexes.base import Index, IndexRecipe, Shape, Source, check_allowed, check_k, ordered, write_rows
+from retrieval_kd.indexes.late_interaction_scoring import check_queries
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
@@ -43,17 +43,20 @@ class MaxSimExactIndex(Index):
         if source.vectors is None:
             raise UsageError("a maxsim-exact index is built from vectors")
         vectors = source.vectors
-        _, tokens = vectors.multi_vector
+        offsets, tokens = vectors.multi_vector
         if not len(tokens):
             raise InputError(f"{vectors.path}: none of the {len(vectors)} documents has a token to index")
         longest = 0.0
+        copy = np.lib.format.open_memmap(draft.path / "tokens.npy", "w+", tokens.dtype, tokens.shape)
         for start in range(0, len(tokens), _BLOCK):
-            norms = np.linalg.norm(tokens[start : start + _BLOCK].astype(np.float32), axis=1)
+            block = tokens[start : start + _BLOCK]
+            norms = np.linalg.norm(block.astype(np.float32), axis=1)
             if not np.isfinite(norms).all():
                 raise InputError(f"{vectors.path}: has NaN or infinite token vectors; encode again")
             longest = max(longest, float(norms.max()))
-        for name in ("tokens.npy", "offsets.npy"):
-            shutil.copyfile(vectors.path / name, draft.path / name)
+            copy[start : start + _BLOCK] = block
+        copy.flush()
+        np.save(draft.path / "offsets.npy", offsets)
         draft.counts["documents"] = write_rows(draft.path, vectors.ids)
         draft.counts["tokens"] = len(tokens)
         draft.counts["documents_without_tokens"] = int(np.count_nonzero(vectors.lengths == 0))
@@ -85,7 +88,9 @@ class MaxSimExactIndex(Index):
         """True: every token of every document is compared."""
         return True
 
-    def search(self, queries: Sequence[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries: Sequence[np.ndarray], k: int, allowed: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Scores [Q, k] and rows [Q, k] of queries that are float32 arrays [tokens, d] each.
 
         All documents are compared in float32, in blocks; what can be among the best k then gets its float64 sum,
@@ -93,22 +98,17 @@ class MaxSimExactIndex(Index):
         for queries of another dimension or with NaN or infinite values.
         """
         check_k(k)
+        check_allowed(allowed, len(self))
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
         rows = np.full((len(queries), k), -1, dtype=np.int64)
-        for place, query in enumerate(queries):
-            if query.ndim != 2 or query.shape[1] != self.dimension:
-                raise UsageError(
-                    f"query {place} has shape {list(query.shape)}, this index takes [tokens, {self.dimension}]; "
-                    "encode queries with the model of the index"
-                )
-            if not np.isfinite(query).all():
-                raise UsageError(f"query {place} has NaN or infinite values")
+        check_queries(queries, self.dimension)
         asked = [place for place, query in enumerate(queries) if len(query)]
         for group in _groups(asked, [len(query) for query in queries], len(self._rows)):
             approximate = self._approximate([np.asarray(queries[place], dtype=np.float32) for place in group])
             for place, of_all in zip(group, approximate, strict=True):
                 query = queries[place].astype(np.float64)
-                found = self._rows[_near_best(of_all, k, self._slack(query))]
+                places = slice(None) if allowed is None else np.flatnonzero(allowed[self._rows])
+                found = self._rows[places][_near_best(of_all[places], k, self._slack(query))]
                 scores[place], rows[place] = ordered(self._exact(query, found), found, self.rank, k)
         return scores, rows
 

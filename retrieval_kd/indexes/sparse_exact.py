@@ -8,8 +8,18 @@ import numpy as np
 
 from retrieval_kd.artifact import Draft
 from retrieval_kd.data.vectors import sparse_rows
-from retrieval_kd.errors import InputError, UsageError
-from retrieval_kd.indexes.base import Index, IndexRecipe, Shape, Source, best_positive, check_k, write_rows
+from retrieval_kd.errors import UsageError
+from retrieval_kd.indexes.base import (
+    Index,
+    IndexRecipe,
+    Shape,
+    Source,
+    best_positive,
+    check_allowed,
+    check_k,
+    write_rows,
+)
+from retrieval_kd.indexes.sparse_source import check_sparse_queries, document_weights, query_terms
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
@@ -42,14 +52,7 @@ class SparseExactIndex(Index):
         if source.vectors is None:
             raise UsageError("a sparse-exact index is built from vectors")
         vectors = source.vectors
-        indptr, terms, weights = vectors.sparse
-        if not len(terms):
-            raise InputError(f"{vectors.path}: none of the {len(vectors)} documents has a term to index")
-        if not np.isfinite(weights).all():
-            raise InputError(f"{vectors.path}: has NaN or infinite weights; encode again")
-        if vectors.similarity == "cosine":
-            lengths = np.sqrt(np.bincount(_owners(indptr), weights.astype(np.float64) ** 2, len(vectors)))
-            weights = (weights / lengths[_owners(indptr)]).astype(np.float32)
+        _, terms, weights = document_weights(vectors)
         by_term = sparse_rows(vectors.lengths, terms, weights, vectors.dimension).tocsc()
         arrays = (by_term.indptr.astype(np.int64), by_term.indices.astype(np.int32), by_term.data)
         for name, array in zip(_PARTS, arrays, strict=True):
@@ -82,32 +85,24 @@ class SparseExactIndex(Index):
         """True: every document that shares a term with the query is scored."""
         return True
 
-    def search(self, queries: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: Any, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Scores [Q, k] and rows [Q, k] of a ``scipy.sparse.csr_array`` [Q, terms] of queries.
 
         Scores are float64 sums rounded to float32. Raises `UsageError` for queries of another vocabulary or with NaN
         or infinite weights.
         """
         check_k(k)
-        if queries.shape[1] != self.dimension:
-            raise UsageError(
-                f"queries have {queries.shape[1]} terms, this index takes {self.dimension}; "
-                "encode queries with the model of the index"
-            )
-        if not np.isfinite(queries.data).all():
-            raise UsageError("queries have NaN or infinite weights")
+        check_allowed(allowed, len(self))
+        check_sparse_queries(queries, self.dimension)
         scores = np.full((queries.shape[0], k), -np.inf, dtype=np.float32)
         rows = np.full((queries.shape[0], k), -1, dtype=np.int64)
         for place in range(queries.shape[0]):
-            part = slice(queries.indptr[place], queries.indptr[place + 1])
-            of_all = self._dot_products(queries.indices[part], queries.data[part].astype(np.float64))
-            scores[place], rows[place] = best_positive(of_all, self.rank, k)
+            of_all = self._dot_products(*query_terms(queries, place, cosine=self._cosine))
+            scores[place], rows[place] = best_positive(of_all, self.rank, k, allowed)
         return scores, rows
 
     def _dot_products(self, terms: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Scores [documents] float32 of one query."""
-        if self._cosine:
-            weights = weights / max(float(np.linalg.norm(weights)), 1e-12)
         sums = np.zeros(len(self))
         for term, weight in zip(terms.tolist(), weights.tolist(), strict=True):
             part = slice(self._indptr[term], self._indptr[term + 1])
@@ -122,7 +117,3 @@ class SparseExactIndex(Index):
         if len(self._documents) and not 0 <= self._documents.min() <= self._documents.max() < len(self):
             found.append(f"postings of documents that are not among the {len(self)}")
         return found
-
-
-def _owners(indptr: np.ndarray) -> np.ndarray:
-    return np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))

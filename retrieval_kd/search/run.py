@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from retrieval_kd.artifact import Plan
 from retrieval_kd.errors import ArtifactError, InputError, UsageError, first
 from retrieval_kd.models.load import find_model
 from retrieval_kd.progress import progress
-from retrieval_kd.search.searcher import Searcher, check_collection
+from retrieval_kd.search.searcher import Searcher, check_collection, hits_of
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
@@ -38,13 +38,15 @@ def search_run(
     model: str | Path | None = None,
     vectors: str | Path | None = None,
     search: Mapping[str, Any] | None = None,
+    filters: Sequence[str] = (),
     force: bool = False,
 ) -> Run:
     """The run of the queries of ``split``: at most ``k`` hits each, written to ``out`` (plain TREC for ``X.trec``).
 
-    ``vectors`` of these queries by the index's model spare their encoding. Queries without a hit are counted in the
-    manifest and named on the log. Raises `ArtifactError` when the index was built from another collection or the
-    vectors do not fit, `InputError` for an unknown or empty split.
+    ``vectors`` of these queries by the index's model spare their encoding. Hits fulfil all ``filters`` on attributes
+    of the documents (``year >= 2020``). Queries without a hit are counted in the manifest and named on the log. Raises
+    `ArtifactError` when the index was built from another collection or the vectors do not fit, `InputError` for an
+    unknown or empty split.
     """
     from retrieval_kd.data.run import Run
     from retrieval_kd.data.sources import open_collection
@@ -64,6 +66,8 @@ def search_run(
     loaded = index if isinstance(index, Index) else Index.load(index, search=search)
     check_collection(loaded, opened)
     recipe = {"kind": "search", "split": split, "k": k, "search": loaded.search_values}
+    if filters:
+        recipe["filters"] = list(filters)
     inputs = {"index": loaded.ref(), "collection": opened.ref()}
     if model is not None and loaded.takes != "text":
         given = find_model(model).ref()
@@ -77,13 +81,15 @@ def search_run(
         return Run.load(out)
     if ready is not None:
         depth = min(k, len(loaded))
-        vectors_of = ready.rows
+        vectors_of, allowed = ready.rows, loaded.matching(filters)
         doc_ids, scores = _hits(
-            lambda start, stop: _search_vectors(loaded, vectors_of(start, stop), depth), len(queries)
+            lambda start, stop: _search_vectors(loaded, vectors_of(start, stop), depth, allowed), len(queries)
         )
     else:
         searcher, texts = Searcher.load(loaded, model=model, collection=opened), list(queries.values())
-        doc_ids, scores = _hits(lambda start, stop: searcher.search_many(texts[start:stop], k), len(queries))
+        doc_ids, scores = _hits(
+            lambda start, stop: searcher.search_many(texts[start:stop], k, filters=filters), len(queries)
+        )
     without = [query_id for query_id, found in zip(queries, doc_ids, strict=True) if not found]
     if without:
         log.warning("%s of %s queries have no hit: %s", len(without), len(queries), first(without))
@@ -105,10 +111,9 @@ def _hits(search: Callable[[int, int], Hits], queries: int) -> Hits:
     return doc_ids, scores
 
 
-def _search_vectors(index: Index, vectors: Any, k: int) -> Hits:
-    scores, rows = index.search(vectors, k)
-    found = [index.ids_of(of_query[of_query >= 0]) for of_query in rows]
-    return found, [values[of_query >= 0] for values, of_query in zip(scores, rows, strict=True)]
+def _search_vectors(index: Index, vectors: Any, k: int, allowed: np.ndarray | None) -> Hits:
+    scores, rows = index.search(vectors, k, allowed)
+    return hits_of(index, scores, rows)
 
 
 def _query_vectors(path: str | Path, index: Index, collection: Collection, split: str) -> Vectors:

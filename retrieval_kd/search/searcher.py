@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from retrieval_kd.artifact import published_path
+from retrieval_kd.data.vectors import sparse_rows
 from retrieval_kd.errors import ArtifactError, UsageError
-from retrieval_kd.indexes.base import Index
+from retrieval_kd.indexes.base import Index, input_names
+from retrieval_kd.models.vectors_of_texts import Encoded, MultiVectors, SparseVectors
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
     from retrieval_kd.models.encoders import TextEncoder
-    from retrieval_kd.models.vectors_of_texts import Encoded, MultiVectors, SparseVectors
+
+
+log = logging.getLogger("retrieval_kd")
 
 
 class Hit(NamedTuple):
@@ -35,6 +40,7 @@ class Searcher:
         self.index = index
         self.encoder = encoder
         self.collection = collection
+        self._collections = _collections_of(index, collection)
         # A fast tokenizer refuses to be used by two threads at once.
         self._encoding = threading.Lock()
 
@@ -65,18 +71,29 @@ class Searcher:
         encoder = None if opened.takes == "text" else _encoder_of(opened, model)
         return cls(opened, encoder, _collection_of(opened, collection))
 
-    def search(self, query: str, k: int = 10) -> list[Hit]:
-        """The best ``k`` hits of one query text, best first; `UsageError` for an empty one."""
+    def search(self, query: str, k: int = 10, *, filters: Sequence[str] = ()) -> list[Hit]:
+        """The best ``k`` hits of one query text, best first; `UsageError` for an empty one.
+
+        ``filters`` on attributes of the documents (``year >= 2020``, ``lang in en,de``) must all hold for a hit.
+        """
         if not query.strip():
             raise UsageError("the query is empty")
-        doc_ids, scores = self.search_many([query], k)
-        if self.collection is None:
-            return [Hit(doc_id, float(score), None, None) for doc_id, score in zip(doc_ids[0], scores[0], strict=True)]
-        documents = self.collection.documents
-        found = [documents[int(row)] for row in documents.rows(doc_ids[0])]
-        return [Hit(doc.id, float(score), doc.title, doc.text) for doc, score in zip(found, scores[0], strict=True)]
+        doc_ids, scores = self.search_many([query], k, filters=filters)
+        if not doc_ids[0] and (matching := self.index.matching(filters)) is not None and not matching.any():
+            log.warning("%s: no document fulfils %s", published_path(self.index.path), " and ".join(filters))
+        return [self._hit(doc_id, float(score)) for doc_id, score in zip(doc_ids[0], scores[0], strict=True)]
 
-    def search_many(self, queries: Sequence[str], k: int = 10) -> tuple[list[list[str]], list[np.ndarray]]:
+    def _hit(self, doc_id: str, score: float) -> Hit:
+        """A hit with the text of the newest collection that has the document."""
+        for collection in self._collections:
+            if collection.documents.known(doc_id):
+                document = collection.documents[collection.documents.row(doc_id)]
+                return Hit(doc_id, score, document.title, document.text)
+        return Hit(doc_id, score, None, None)
+
+    def search_many(
+        self, queries: Sequence[str], k: int = 10, *, filters: Sequence[str] = ()
+    ) -> tuple[list[list[str]], list[np.ndarray]]:
         """Document ids and float32 scores of each query, best first, at most ``k``; an empty text has no hits."""
         if isinstance(queries, str):
             raise UsageError("search_many takes a list of query texts (got one string)")
@@ -86,26 +103,34 @@ class Searcher:
         hit_scores = [np.zeros(0, dtype=np.float32) for _ in queries]
         asked = [place for place, query in enumerate(queries) if query.strip()]
         if asked:
-            scores, rows = self._search([queries[place] for place in asked], min(k, len(self.index)))
-            for place, query_scores, query_rows in zip(asked, scores, rows, strict=True):
-                hit = query_rows >= 0
-                doc_ids[place] = self.index.ids_of(query_rows[hit])
-                hit_scores[place] = query_scores[hit]
+            allowed = self.index.matching(filters)
+            scores, rows = self._search([queries[place] for place in asked], min(k, len(self.index)), allowed)
+            for place, ids_of_one, scores_of_one in zip(asked, *hits_of(self.index, scores, rows), strict=True):
+                doc_ids[place], hit_scores[place] = ids_of_one, scores_of_one
         return doc_ids, hit_scores
 
-    def _search(self, texts: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _search(self, texts: list[str], k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         if self.encoder is None:
-            return self.index.search(texts, k)
+            return self.index.search(texts, k, allowed)
         with self._encoding:
             found = self.encoder.encode(texts, "query")
-        return self.index.search(_as_queries(found, self.index), k)
+        return self.index.search(_as_queries(found, self.index), k, allowed)
+
+
+def hits_of(index: Index, scores: np.ndarray, rows: np.ndarray) -> tuple[list[list[str]], list[np.ndarray]]:
+    """Document ids and scores of each query's hits, from what `Index.search` gave for all of them."""
+    hit = rows >= 0
+    ids = index.ids_of(rows[hit])  # of all queries at once: a call costs more than a row
+    doc_ids, found, start = [], [], 0
+    for values, number in zip(scores, hit.sum(axis=1).tolist(), strict=True):
+        doc_ids.append(ids[start : start + number])
+        found.append(values[:number])
+        start += number
+    return doc_ids, found
 
 
 def _as_queries(found: Encoded | SparseVectors | MultiVectors, index: Index) -> Any:
     """Encoded queries as the index takes them; see `Index.search`."""
-    from retrieval_kd.data.vectors import sparse_rows
-    from retrieval_kd.models.vectors_of_texts import Encoded, SparseVectors
-
     if isinstance(found, Encoded):
         return found.vectors
     if isinstance(found, SparseVectors):
@@ -161,11 +186,29 @@ def _collection_of(index: Index, given: str | Path | Collection | None) -> Colle
     return opened
 
 
+def _collections_of(index: Index, opened: Collection | None) -> list[Collection]:
+    """The collections of the index's documents (updates add some), the newest first; one that is gone is left out."""
+    from retrieval_kd.data.collection import Collection
+
+    found = []
+    for name in reversed(input_names(index.manifest.inputs, "collection")):
+        if opened is not None and index.manifest.inputs[name]["fingerprint"] == opened.fingerprint:
+            found.append(opened)
+            continue
+        try:
+            found.append(Collection.load(index.locate(name)))
+        except ArtifactError:
+            continue
+    return found
+
+
 def check_collection(index: Index, collection: Collection) -> None:
     """Raises `ArtifactError` unless ``index`` was built from ``collection``."""
-    needed = index.manifest.inputs.get("collection", {}).get("fingerprint", "")
-    if collection.fingerprint != needed:
+    inputs = index.manifest.inputs
+    needed = [inputs[name]["fingerprint"] for name in input_names(inputs, "collection")]
+    if collection.fingerprint not in needed:
+        wanted = " or ".join(fingerprint[:12] for fingerprint in needed)
         raise ArtifactError(
             f"{collection.path} is not the collection that {published_path(index.path)} was made with "
-            f"(fingerprint {collection.fingerprint[:12]}, needed {needed[:12] or 'none: it records no collection'})"
+            f"(fingerprint {collection.fingerprint[:12]}, needed {wanted or 'none: it records no collection'})"
         )

@@ -114,6 +114,8 @@ class Batch:
     relevant: np.ndarray
     teacher_queries: np.ndarray | None = None
     teacher_documents: np.ndarray | None = None
+    decoded_documents: np.ndarray | None = None
+    """[U, d] what the codes of an index stand for, where a query tower learns against one."""
 
 
 @dataclass

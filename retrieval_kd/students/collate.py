@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 
 
 class TeacherVectors:
-    """A teacher's vectors of the documents and of the training queries, looked up by row and by query id."""
+    """A teacher's vectors of the documents and of the training queries, looked up by row and by query id.
+
+    ``decoded`` are those of the documents that an index has left of them, where such were given.
+    """
 
     def __init__(self, vectors: Sequence[Vectors], collection: Collection) -> None:
         self.documents: np.ndarray | None = None
+        self.decoded: np.ndarray | None = None
         self.similarity = "dot"
         self._queries: dict[str, np.ndarray] = {}
         if len({file.model_ref.fingerprint for file in vectors}) > 1:
@@ -32,9 +36,13 @@ class TeacherVectors:
         for file in vectors:
             if file.manifest.inputs["collection"]["fingerprint"] != collection.fingerprint:
                 raise ArtifactError(f"{file.path}: these vectors are of another collection")
-            self.similarity = file.similarity
             if file.of == "documents":
                 file.check_rows(collection.documents.ids)
+            if file.decoded:
+                self.decoded = file.matrix
+                continue
+            self.similarity = file.similarity
+            if file.of == "documents":
                 self.documents = file.matrix
             else:
                 self._queries.update(zip(file.ids, file.matrix, strict=True))
@@ -110,6 +118,8 @@ class GroupCollator:
         if batch.teacher_queries is not None and batch.teacher_documents is not None:
             labels["teacher_queries"] = torch.from_numpy(batch.teacher_queries)
             labels["teacher_documents"] = torch.from_numpy(batch.teacher_documents)
+        if batch.decoded_documents is not None:
+            labels["decoded_documents"] = torch.from_numpy(batch.decoded_documents)
         return {**self.student.tokenize(self.model, batch), "label": labels}
 
     def batch(self, rows: Sequence[Mapping[str, int]]) -> Batch:
@@ -135,9 +145,11 @@ class GroupCollator:
             teacher[i, :n] = query.scores[positions]
             relevant[i] = np.isin(documents, query.rows[query.relevant])
             start += n
-        teacher_queries = teacher_documents = None
+        teacher_queries = teacher_documents = decoded_documents = None
         if self.teacher_vectors is not None:
             teacher_queries, teacher_documents = self.teacher_vectors.of(queries, documents)
+            if self.teacher_vectors.decoded is not None:
+                decoded_documents = np.asarray(self.teacher_vectors.decoded[documents])
         return Batch(
             [query.text for query in queries],
             self.collection.documents.texts(documents),
@@ -147,4 +159,5 @@ class GroupCollator:
             relevant,
             teacher_queries,
             teacher_documents,
+            decoded_documents,
         )

@@ -57,6 +57,9 @@ class TrainingInputs:
                 raise InputError(f"{path}: these scores are of another collection")
             if recipe.steps != 0:
                 refuse_ranks(recipe.losses, file.score_kind, str(path))
+        decoded = [str(file.path) for file in self.vectors if file.decoded]
+        if decoded and not recipe.queries_alone:
+            raise UsageError(f"{decoded[0]}: what an index decodes teaches queries alone: train a query-tower with it")
         if recipe.steps != 0:
             self._check_needs()
 

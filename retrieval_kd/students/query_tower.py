@@ -31,7 +31,8 @@ class QueryTowerStudent(SingleVectorStudent):
     """A `SentenceTransformer` for queries alone, distilled to a frozen document tower (ScalingNote, arXiv 2411.15766).
 
     It learns the teacher's query vectors and, from score files, the order of its groups by the teacher's document
-    vectors; no document is read. A base of another dimension gets a linear projection.
+    vectors; no document is read. A base of another dimension gets a linear projection. With the vectors that an index
+    decodes, its scores are with these: the query encoder of Distill-VQ, which learns to make up for what codes lost.
     """
 
     class Recipe(SingleVectorRecipe):
@@ -114,7 +115,8 @@ class QueryTowerStudent(SingleVectorStudent):
         queries = self.embed(model, features[0])
         vectors = {"vectors": self.comparable(queries), "teacher_vectors": labels["teacher_queries"]}
         if len(labels["teacher_documents"]):
-            found = self.outputs_of([queries, labels["teacher_documents"]], parameters, labels)
+            documents = labels.get("decoded_documents", labels["teacher_documents"])
+            found = self.outputs_of([queries, documents], parameters, labels)
             return dataclasses.replace(found, **vectors)
         nothing = labels["present"]
         return Outputs(
@@ -125,10 +127,18 @@ class QueryTowerStudent(SingleVectorStudent):
             **vectors,
         )
 
+    def compare(self, queries: Tensor, documents: Tensor, parameters: Any) -> Tensor:
+        """Scores [B, U] with document vectors as they are: the teacher's have unit length by now, decoded ones not."""
+        return self.scaled(self.comparable(queries) @ documents.T, parameters)
+
     def pool_scores(self, model: Any, queries: Sequence[str], documents: Documents, rows: np.ndarray) -> np.ndarray:
-        """Similarities [queries, rows] with the teacher's document vectors."""
-        assert self.teacher.documents is not None
+        """Similarities [queries, rows] with the teacher's document vectors, or inner products with decoded ones."""
         found = model.encode_query(list(queries), show_progress_bar=False)
+        if self.teacher.decoded is not None:
+            if self.similarity == "cosine":
+                found = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+            return np.asarray(found @ self.teacher.decoded[rows].T, dtype=np.float32)
+        assert self.teacher.documents is not None
         return self.similarities(found, np.asarray(self.teacher.documents[rows]))
 
     def development_scores(self, model: Any, queries: Sequence[str], documents: Sequence[str]) -> np.ndarray:
@@ -142,6 +152,11 @@ class QueryTowerStudent(SingleVectorStudent):
             raise UsageError("development: against the qrels needs --teacher-vectors of the documents too")
         if against != "teacher":
             return super().evaluator(inputs, held)
+        if self.teacher.decoded is not None:
+            raise UsageError(
+                "development: against the teacher measures how near its query vectors are, which a tower for decoded "
+                "documents is to leave; set development.against to nothing or qrels"
+            )
         if not held:
             return None
         from retrieval_kd.students.development import VectorEvaluator

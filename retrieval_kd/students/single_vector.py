@@ -95,12 +95,15 @@ class SingleVectorStudent(BiEncoderStudent):
 
     def compare(self, queries: Tensor, documents: Tensor, parameters: Any) -> Tensor:
         """Scaled cosines or dot products [B, U]."""
-        queries, documents = self.comparable(queries), self.comparable(documents)
+        return self.scaled(self.comparable(queries) @ self.comparable(documents).T, parameters)
+
+    def scaled(self, scores: Tensor, parameters: Any) -> Tensor:
+        """Cosines times the scale; dot products as they are."""
         if self.similarity == "dot":
-            return queries @ documents.T
+            return scores
         scale = parameters["log_scale"].exp() if "log_scale" in parameters else self.recipe.scale.initial
-        scores: Tensor = scale * (queries @ documents.T)
-        return scores
+        product: Tensor = scale * scores
+        return product
 
     def vectors(self, queries: Tensor, documents: Tensor) -> Tensor:
         """Vectors [B+U, d], of unit length where the similarity is the cosine."""

@@ -22,11 +22,12 @@ class SlowSearcher:
         return []
 
 
-def make_vectors(path: Path, speed: float | None) -> InputRef:
+def make_vectors(path: Path, speed: float | None, number: int = 4) -> InputRef:
     with Plan("vectors", {"kind": "import"}, {}).write(path) as draft:
         (draft.path / "vectors.npy").write_bytes(b"12")
         if speed:
             draft.details["texts_per_second"] = speed
+        draft.counts["vectors"] = number
     return InputRef(Manifest.read(path).fingerprint, path)
 
 
@@ -37,7 +38,8 @@ def make_index(path: Path, *, documents: int = 4, vectors: InputRef | None = Non
         (draft.path / "native").mkdir()
         (draft.path / "native" / "more.bin").write_bytes(bytes(30))
         (draft.path / "ids.arrow").write_bytes(bytes(1000))
-        (draft.path / "rank.npy").write_bytes(bytes(1000))
+        for name in ("rank.npy", "attributes.arrow", "deleted.npy", "native/rank.npy", "native/manifest.json"):
+            (draft.path / name).write_bytes(bytes(1000))
         draft.counts["documents"] = documents
     return path
 
@@ -65,6 +67,14 @@ def test_the_encoding_speed_is_unknown_without_vectors(tmp_path, caplog):
     (tmp_path / "v").rename(tmp_path / "moved")
     assert documents_per_second(imported, Manifest.read(imported / "gen-000001")) is None
     assert "not at" in caplog.text and str(tmp_path / "v") in caplog.text
+
+
+def test_the_encoding_speed_of_several_vectors(tmp_path):
+    """100 texts at 50 a second and 300 at 100: 400 in 5 seconds."""
+    inputs = {"vectors": make_vectors(tmp_path / "a", 50.0, 100), "vectors_2": make_vectors(tmp_path / "b", 100.0, 300)}
+    with Plan("index", {"kind": "faiss"}, inputs).write(tmp_path / "index"):
+        pass
+    assert documents_per_second(tmp_path / "index", Manifest.read(tmp_path / "index")) == 80.0
 
 
 def test_an_index_without_documents_is_refused(tmp_path, monkeypatch):

@@ -12,7 +12,10 @@ from retrieval_kd.data.run import Run
 from retrieval_kd.data.sources import make_collection
 from retrieval_kd.errors import ArtifactError, InputError, OutputExistsError, RecipeError, UsageError
 from retrieval_kd.eval.evaluate import evaluate
+from retrieval_kd.indexes.base import Index
 from retrieval_kd.indexes.build import build_index
+from retrieval_kd.indexes.update import update_index
+from retrieval_kd.models.encode import encode
 
 DOCUMENTS = {
     "d1": "apples",
@@ -177,6 +180,25 @@ def test_another_collection_is_refused(place, tmp_path):
     with pytest.raises(ArtifactError, match=r"bm25: was made from another collection \(fingerprint \w{12}\)"):
         evaluate("default", indexes={"bm25": place / "bm25"}, **arguments)
     assert not (tmp_path / "report").exists()
+
+
+def test_an_index_that_was_updated(place, collection, dense, tmp_path):
+    """It is of two collections now; 46 documents less the one that was deleted are found."""
+    build_index("flat", model=dense, collection=collection, out=tmp_path / "index")
+    encode(dense, place / "collection", tmp_path / "more")
+    update_index(tmp_path / "index", "add", vectors=tmp_path / "more")
+    update_index(tmp_path / "index", "delete", ids=["d3"])
+    report = run_evaluation(place, tmp_path / "report", indexes={"flat": tmp_path / "index"}, runs={})
+    hits = [line.split()[2] for line in (report.path / "runs" / "flat.trec").read_text().splitlines()]
+    assert len(hits) == 4 * 45 and "d3" not in hits and "d2" in hits and "d00" in hits
+    (system,) = report.metrics["systems"]
+    size = Index.load(tmp_path / "index").manifest.files["segment-000001/index.faiss"]["bytes"]
+    assert size / 45 < system["efficiency"]["bytes_per_document"] < size / 30
+    (tmp_path / "other").mkdir()
+    write_beir(tmp_path / "other" / "beir", {**DOCUMENTS, "d6": "figs"})
+    make_collection(str(tmp_path / "other" / "beir"), tmp_path / "other" / "collection")
+    with pytest.raises(ArtifactError, match=r"from another collection \(fingerprint \w{12} or \w{12}\)"):
+        run_evaluation(tmp_path / "other", tmp_path / "refused", indexes={"flat": tmp_path / "index"}, runs={})
 
 
 @pytest.mark.parametrize(

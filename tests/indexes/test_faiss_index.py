@@ -117,8 +117,9 @@ def test_search_parameters_change_without_a_build(tmp_path: Path, embed: Embed, 
     ("factory", "keys", "message"),
     [
         ("Flatt", {}, "factory 'Flatt' makes no index of 16-dimensional vectors: could not parse"),
-        ("PQ7", {}, "should be a multiple of the number of subquantizers"),
+        ("PQ7", {}, "16-dimensional vectors: The dimension of the vector .d. should be a multiple of the number of"),
         ("LSH", {}, "factory 'LSH'"),
+        ("PCA20,Flat", {}, "'PCA20,Flat': 16 dimensions have no 20 principal components"),
         ("HNSW8_PQ4", {}, "has no inner product"),
         ("IDMap,Flat", {}, "leave out IDMap"),
         ("Flat", {"search": {"nprobe": 4}}, r"'Flat' has no search parameter 'nprobe' \(it has: none\)"),
@@ -135,13 +136,35 @@ def test_a_bad_recipe_is_refused_before_the_build(
 
 
 @pytest.mark.parametrize(
-    ("factory", "needed"), [("IVF64,Flat", 64), ("PQ4x8", 256), ("OPQ4,IVF4,PQ4x6", 64), ("IVF30,PQ4x4fs,RFlat", 30)]
+    ("factory", "needed"),
+    [
+        ("IVF64,Flat", 64),
+        ("PQ4x8", 256),
+        ("OPQ4,IVF4,PQ4x6", 64),
+        ("IVF30,PQ4x4fs,RFlat", 30),
+        ("RQ2x6", 64),
+        ("IVF4,LSQ2x6", 64),
+        ("PRQ2x2x6", 64),
+    ],
 )
 def test_too_few_vectors_to_train(factory: str, needed: int, embed: Embed, build: Callable[..., Index]) -> None:
     with pytest.raises(
         InputError, match=f"needs at least {needed} vectors to train .* gets 29 of 29; choose a smaller"
     ):
         build(embed(random_matrix(29)), factory)
+
+
+@pytest.mark.parametrize(
+    ("factory", "needed"),
+    [("PCAR12,Flat", 12), ("ITQ12,SQ8", 12), ("RQ2x2", 16), ("IVF2,PRQ2x2x2", 8), ("OPQ4,PQ4x2", 16)],
+)
+def test_fewer_vectors_than_a_transform_has_dimensions(
+    factory: str, needed: int, embed: Embed, build: Callable[..., Index]
+) -> None:
+    """Of 16 dimensions: those that are kept, all for RQ and OPQ, half of them in each half of PRQ."""
+    with pytest.raises(InputError, match=f"needs at least {needed} vectors to train .* gets {needed - 1} of"):
+        build(embed(random_matrix(needed - 1), name="few"), factory, "few-index")
+    assert len(build(embed(random_matrix(needed)), factory)) == needed
 
 
 def test_too_small_a_training_sample(embed: Embed, build: Callable[..., Index]) -> None:
@@ -208,7 +231,11 @@ def test_another_recipe_at_the_same_place(embed: Embed, build: Callable[..., Ind
 
 
 @pytest.mark.parametrize(
-    "factory", ["Flat", "SQ8", "PQ8x8", "HNSW16", "IVF16,PQ8x8", "PCAR16,IVF16,Flat", "PQ8x4,RFlat", "IVF8,PQ16x4fs"]
+    "factory",
+    [
+        *("Flat", "SQ8", "PQ8x8", "HNSW16", "IVF16,PQ8x8", "PCAR16,IVF16,Flat", "PQ8x4,RFlat", "IVF8,PQ16x4fs"),
+        *("RQ4x4", "PCA16,PQ16x4", "ITQ16,SQ8"),
+    ],
 )
 def test_estimated_bytes_are_those_of_the_file(
     factory: str, tmp_path: Path, embed: Embed, build: Callable[..., Index]
@@ -234,7 +261,7 @@ def test_few_training_vectors_are_said(
     assert "training on 100 vectors; 156 are advised for 'IVF4,Flat'" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["flat", "hnsw", "ivfpq", "pq32"])
+@pytest.mark.parametrize("name", ["flat", "hnsw", "ivfpq", "pq32", "ivfpq-rerank", "fastscan"])
 def test_shipped_recipes_build_and_search(name: str, tmp_path: Path, embed: Embed) -> None:
     matrix = random_matrix(300, 64)
     index = build_index(name, vectors=embed(matrix, "cosine"), out=tmp_path / "index", overrides=["threads=1"])

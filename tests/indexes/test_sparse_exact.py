@@ -114,7 +114,7 @@ def test_mistakes_are_named(embed: Embed, tmp_path: Path, dense: Path, collectio
             verb("sparse-exact", model=dense, collection=collection, **arguments)
     assert not (tmp_path / "index.vectors").exists()
     sparse = embed(csr_array(DOCUMENTS), vocabulary=WORDS)
-    with pytest.raises(UsageError, match="takes dense ones; take an index of kind sparse-exact"):
+    with pytest.raises(UsageError, match=r"takes dense ones; take an index of kind .*sparse-exact"):
         build_index("flat", vectors=sparse, out=tmp_path / "index")
     with pytest.raises(InputError, match="none of the 2 documents has a term"):
         build(embed(csr_array(np.zeros((2, 4))), name="empty", vocabulary=WORDS))

@@ -13,6 +13,7 @@ from retrieval_kd.data.collection import Collection
 from retrieval_kd.data.vectors import Vectors
 from retrieval_kd.errors import ArtifactError, InputError, RecipeError, UsageError
 from retrieval_kd.indexes.build import build_index
+from retrieval_kd.indexes.decode import decode_index
 from retrieval_kd.models.encode import encode
 from retrieval_kd.models.encoder import DenseEncoder
 from retrieval_kd.models.load import Model
@@ -237,3 +238,102 @@ def test_it_encodes_no_documents(tower: Trained, queries: Path, collection: Coll
     with pytest.raises(UsageError, match="is a query tower: it never learned documents"):
         encode(model.path, collection, tmp_path / "vectors")
     assert len(encode(model.path, collection, tmp_path / "vectors", queries="test").ids) == 6
+
+
+@pytest.fixture(scope="module")
+def decoded(shared: Path, documents: Path) -> Path:
+    """What a coarse index of the teacher's documents has left of them: two bits a number, no longer of unit length."""
+    recipe = tiny.write_recipe(shared / "coarse.yaml", {"kind": "faiss", "factory": "PQ2x2"})
+    index = build_index(recipe, vectors=documents, out=shared / "coarse-index")
+    return decode_index(index.path, shared / "decoded").path
+
+
+def test_scores_are_with_decoded_documents_and_targets_with_whole_ones(
+    collection: Collection, queries: Path, documents: Path, decoded: Path
+) -> None:
+    """3 · the inner product of a unit query and the decoded vector as it is; the teacher's scores are its cosines."""
+    import torch
+
+    from retrieval_kd.students.collate import GroupCollator, TeacherVectors
+    from retrieval_kd.students.groups import TrainingQuery
+    from retrieval_kd.students.sampling import Groups
+
+    files = [Vectors.load(path) for path in (queries, documents, decoded)]
+    student, model = made(collection, [queries, documents, decoded], scale={"initial": 3, "learned": False})
+    assert student.similarity == "cosine"
+    asked = [
+        TrainingQuery(name, text, np.array([i, i + 7]), np.array([2.0, 1.0]), np.array([True, False]))
+        for i, (name, text) in enumerate(list(collection.queries("train").items())[:2])
+    ]
+    vectors = TeacherVectors(files, collection)
+    made_of = GroupCollator(student, model, collection, asked, Groups(documents=2), 0, vectors)
+    batch = made_of([{"query": 0, "visit": 0}, {"query": 1, "visit": 0}])
+    labels = batch.pop("label")
+    features = {key.removeprefix("query_"): value for key, value in batch.items()}
+    outputs = student.outputs(model, {}, [features], labels)
+    rows = [0, 1, 7, 8]
+    left, whole = files[2].matrix[rows], tiny.unit(np.asarray(files[1].matrix[rows]))
+    assert np.abs(np.linalg.norm(left, axis=1) - 1).max() > 0.01
+    q = tiny.unit(model.encode_query([query.text for query in asked]))
+    assert outputs.batch_scores is not None and outputs.batch_teacher is not None
+    np.testing.assert_allclose(outputs.batch_scores.detach(), 3 * q @ left.T, atol=1e-5)
+    targets = tiny.unit(np.asarray(files[0].matrix[:2])) @ whole.T
+    np.testing.assert_allclose(outputs.batch_teacher, targets, atol=1e-5)
+    found = student.pool_scores(model, [query.text for query in asked], collection.documents, np.array(rows))
+    np.testing.assert_allclose(found, q @ left.T, atol=1e-5)
+    assert isinstance(labels["decoded_documents"], torch.Tensor)
+
+
+def test_learns_to_make_up_for_what_an_index_lost(
+    tower: Trained, queries: Path, documents: Path, decoded: Path, scores: Path, collection: Collection
+) -> None:
+    """The same tower, trained against decoded documents, gives an index's scores nearer to the teacher's own."""
+    goal = tiny.unit(np.asarray(Vectors.load(queries).matrix)) @ tiny.unit(np.asarray(Vectors.load(documents).matrix)).T
+    left = np.asarray(Vectors.load(decoded).matrix)
+
+    def divergence(model: Path) -> float:
+        """The mean KL of the teacher's distribution over all documents and that of the index."""
+        found = tiny.unit(DenseEncoder.load(model).encode_queries(list(collection.queries("train").values())))
+        p, log_q = softmax(goal / 0.05), np.log(softmax(found @ left.T / 0.05))
+        return float((p * (np.log(p) - log_q)).sum(axis=1).mean())
+
+    values: dict[str, Any] = {
+        "losses": [{"kind": "kl", "over": "batch", "teacher_temperature": 0.05}],
+        "scale": {"initial": 20, "learned": False},
+        "groups": {"documents": 6},
+        "steps": 60,
+        "learning_rate": 1e-2,
+    }
+    both = [queries, documents]
+    without = tower(inputs={"teacher_vectors": both, "scores": [scores]}, **values)
+    with_codes = tower(inputs={"teacher_vectors": [*both, decoded], "scores": [scores]}, **values)
+    assert divergence(with_codes.path) < 0.9 * divergence(without.path)
+    assert with_codes.settings["queries_for"] == without.settings["queries_for"]
+    assert with_codes.settings["similarity"] == "cosine"
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def test_decoded_documents_are_for_towers_alone(
+    tower: Trained, fit: Trained, queries: Path, documents: Path, decoded: Path, scores: Path
+) -> None:
+    everything = {"teacher_vectors": [queries, documents, decoded], "scores": [scores]}
+    with pytest.raises(UsageError, match="what an index decodes teaches queries alone: train a query-tower"):
+        fit(inputs=everything, losses=[{"kind": "kl"}])
+    with pytest.raises(InputError, match="do not cover the documents and all queries"):
+        tower(inputs={**everything, "teacher_vectors": [queries, decoded]}, losses=[{"kind": "kl"}])
+    with pytest.raises(UsageError, match=r"set development\.against to nothing or qrels"):
+        tower(inputs=everything, development={"against": "teacher"})
+
+
+def test_recipe_against_an_index(
+    queries: Path, documents: Path, decoded: Path, scores: Path, dense: Path, collection: Collection, tmp_path: Path
+) -> None:
+    overrides = [f"base={dense}", "steps=2", "batch_size=8"]
+    files = {"teacher_vectors": [queries, documents, decoded], "scores": [scores]}
+    out = tmp_path / "tower"
+    model = train("query-tower-index", collection=collection, **files, out=out, overrides=overrides)
+    assert [row["step"] for row in tiny.log_rows(model.path) if row["loss"]] == ["1", "2"]
