@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrieval_kd.errors import InputError
-from retrieval_kd.models.encoder import quiet_loading
+from retrieval_kd.models.encoder import new_parts_expected, quiet_loading
 from retrieval_kd.models.load import ModelSource
 
 if TYPE_CHECKING:
@@ -134,12 +134,6 @@ def _positions(model: Any) -> int | None:
 
 def _missing_weights(network: Any, path: Path) -> list[str]:
     """The weights of a ``network`` class that a directory does not hold; nothing is loaded to find out."""
-    from transformers.utils import logging
-
-    shown = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    with new_parts_expected():
         _, report = network.from_pretrained(path, num_labels=1, output_loading_info=True, device_map={"": "meta"})
-    finally:
-        logging.set_verbosity(shown)
     return sorted(report["missing_keys"])

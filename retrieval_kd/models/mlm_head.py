@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from retrieval_kd.errors import InputError, RecipeError, first
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 ACTIVE = 300
 """The active terms of a document after `start_head`, where the vocabulary is twice as large: 1 % of BERT's."""
@@ -85,19 +81,6 @@ def divide_head(network: Any, divisor: float) -> None:
         for weight in (norm.weight, norm.bias, output.bias):
             if weight is not None:
                 weight /= divisor
-
-
-@contextmanager
-def without_load_report() -> Iterator[None]:
-    """Hides what transformers says of weights that a checkpoint lacks or has too many of."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _parts(network: Any) -> tuple[Any, Any, Any]:

@@ -122,7 +122,8 @@ class SparseStudent(BiEncoderStudent):
         from sentence_transformers import SparseEncoder
         from sentence_transformers.base.modules import Router, Transformer
 
-        from retrieval_kd.models.mlm_head import has_head, without_load_report
+        from retrieval_kd.models.encoder import new_parts_expected
+        from retrieval_kd.models.mlm_head import has_head
 
         settings = saved_settings(source)
         if settings.get("model_type") == "SparseEncoder":
@@ -134,7 +135,7 @@ class SparseStudent(BiEncoderStudent):
         found = has_head(folder)
         config = Transformer.load_config(str(source.path), subfolder=subfolder)
         kept = {key: config[key] for key in ("max_seq_length", "do_lower_case") if config.get(key)}
-        with without_load_report():
+        with new_parts_expected():
             return Transformer(str(folder), transformer_task="fill-mask", **kept), found
 
     def _start_head(self, network: Transformer) -> None:

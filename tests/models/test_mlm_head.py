@@ -12,7 +12,8 @@ import tiny_encoders
 import tiny_sparse
 
 from retrieval_kd.errors import InputError, RecipeError
-from retrieval_kd.models.mlm_head import divide_head, has_head, start_head, without_load_report
+from retrieval_kd.models.encoder import new_parts_expected
+from retrieval_kd.models.mlm_head import divide_head, has_head, start_head
 
 TEXTS = [tiny.document_text(row) for row in range(20)]
 
@@ -44,7 +45,7 @@ def make_modernbert(folder: Path) -> Path:
 def masked(folder: Path) -> Any:
     from transformers import AutoModelForMaskedLM
 
-    with without_load_report():
+    with new_parts_expected():
         return AutoModelForMaskedLM.from_pretrained(folder).eval()
 
 
