@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -93,8 +94,8 @@ def gather_vectors(folder: Path, parts: Sequence[Vectors], part_of: np.ndarray, 
     return Vectors(folder, replace(parts[0].manifest, counts={"vectors": number}, fingerprint=whole.hexdigest()))
 
 
-def last_rows(parts: Sequence[Vectors], ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each id the last part that has it (-1: none), and its row there."""
+def last_rows(parts: Sequence[Any], ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each id the last part (a list or an Arrow array of ids) that has it (-1: none), and its row there."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -102,7 +103,8 @@ def last_rows(parts: Sequence[Vectors], ids: Sequence[str]) -> tuple[np.ndarray,
     part_of = np.full(len(ids), -1, dtype=np.int64)
     row_of = np.zeros(len(ids), dtype=np.int64)
     for number, part in enumerate(parts):
-        rows = pc.index_in(wanted, value_set=pa.array(part.ids, pa.string())).fill_null(-1).to_numpy()
+        known = part if isinstance(part, pa.Array | pa.ChunkedArray) else pa.array(part, pa.string())
+        rows = pc.index_in(wanted, value_set=known).fill_null(-1).to_numpy()
         part_of[rows >= 0] = number
         row_of[rows >= 0] = rows[rows >= 0]
     return part_of, row_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
@@ -47,13 +47,38 @@ class Source:
     vectors: Vectors | None = None
     queries: Vectors | None = None
     scores: Sequence[Scores] = ()
-    whole: Vectors | None = None
-    """The vectors of the whole index where ``vectors`` are those of one shard."""
+    whole: Source | None = None
+    """The source of the whole index where this is that of one shard."""
+
+    @property
+    def rows(self) -> Vectors | Collection:
+        """The artifact with a row for each document of the index: vectors, or the collection of a text index."""
+        found = self.collection if self.vectors is None else self.vectors
+        assert found is not None, "an index is built from vectors or a collection"
+        return found
+
+    @property
+    def ids(self) -> Any:
+        """The documents' ids: a list, or an Arrow array of strings."""
+        if self.vectors is not None:
+            return self.vectors.ids
+        return None if self.collection is None else self.collection.documents.ids
 
     @property
     def training(self) -> Vectors | None:
         """The vectors that centroids and codebooks are trained on."""
-        return self.vectors if self.whole is None else self.whole
+        return self.vectors if self.whole is None else self.whole.vectors
+
+    def shard(self, start: int, stop: int) -> Source:
+        """The documents ``start`` to ``stop``."""
+        if self.vectors is None:
+            from retrieval_kd.data.collection_rows import CollectionRows
+
+            assert self.collection is not None
+            return replace(self, collection=CollectionRows.of_range(self.collection, start, stop), whole=self)
+        from retrieval_kd.data.vector_rows import VectorRange
+
+        return replace(self, collection=None, vectors=VectorRange(self.vectors, start, stop), whole=self)
 
 
 class Shape(NamedTuple):
@@ -77,8 +102,8 @@ class Index(Artifact):
     """What a query is: ``text`` (a string), or the layout of its vectors: ``dense``, ``sparse``, ``multi-vector``."""
     learns_from: ClassVar[frozenset[str]] = frozenset()
     """What a build may be given beside vectors: ``queries`` (their vectors) and ``scores`` (score files)."""
-    segmentable: ClassVar[bool] = True
-    """Whether a score depends on query and document alone (and what was learned once), so that pieces make a whole."""
+    growable: ClassVar[bool] = True
+    """Whether documents can be added, because no score depends on the others, or what depends on them is kept up."""
     deterministic: ClassVar[bool] = True
     """Whether two builds of the same give the same bytes."""
     resumable: ClassVar[bool] = False
@@ -133,6 +158,10 @@ class Index(Artifact):
         Here nothing is learned, and it is a build with the same recipe.
         """
         type(self).build(self.recipe, source, draft)
+
+    @classmethod
+    def join(cls, segments: Sequence[Any]) -> None:
+        """Tells opened segments of one another, where scores depend on all documents."""
 
     @classmethod
     def estimate(cls, recipe: Any, source: Collection | Shape) -> tuple[float, int]:
@@ -255,16 +284,22 @@ def input_names(inputs: Mapping[str, Any], kind: str) -> list[str]:
     return sorted(names, key=lambda name: 1 if name == kind else int(name.rpartition("_")[2]))
 
 
+def arrow_ids(ids: Any) -> Any:
+    """Ids (a list, or Arrow's strings) as Arrow's strings."""
+    import pyarrow as pa
+
+    return ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids, pa.string())
+
+
 def write_rows(folder: Path, ids: Any, *, unique: bool = True) -> int:
     """The number of rows, after writing their ids (``ids.arrow``) and tie order (``rank.npy``) to ``folder``.
 
     Raises `DataError` when an id repeats: its hits could not be told apart (unless only one of them is alive).
     """
-    import pyarrow as pa
 
     from retrieval_kd.data.vector_writer import write_ids
 
-    array = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids, pa.string())
+    array = arrow_ids(ids)
     if unique and len(array.unique()) != len(array):
         raise DataError(f"{len(array) - len(array.unique())} document ids repeat; ids must be unique")
     write_ids(folder / "ids.arrow", array)

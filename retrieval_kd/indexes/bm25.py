@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -25,10 +27,14 @@ from retrieval_kd.indexes.base import (
 from retrieval_kd.progress import progress
 
 if TYPE_CHECKING:
-    from retrieval_kd.data.collection import Collection
+    from retrieval_kd.data.collection import Collection, Documents
 
 _SAMPLE = 1000
 """Documents that an estimate reads."""
+_FREQUENCIES = "document_frequencies.npy"
+"""Of the terms of the whole collection, in an index that is one shard of it."""
+_STEP = 1 << 22
+"""Postings that are weighted at a time."""
 
 
 class BM25Recipe(IndexRecipe):
@@ -45,35 +51,63 @@ class BM25Index(Index):
     """BM25 (Lucene's variant: idf = ln(1 + (N - df + .5) / (df + .5))) over title and text.
 
     Robertson and Zaragoza, The Probabilistic Relevance Framework: BM25 and Beyond, 2009. Scores are summed from
-    the float32 weights that bm25s computes when the index is built; a document without a query term is no hit.
+    float32 weights that are computed when the index is built, as bm25s does it; a document without a query term is no
+    hit. A shard's weights are those that its documents have in the whole collection.
     """
 
     Recipe = BM25Recipe
     takes: ClassVar[str] = "text"
-    segmentable: ClassVar[bool] = False
+    growable: ClassVar[bool] = False
 
     @classmethod
     def build(cls, recipe: BM25Recipe, source: Source, draft: Draft) -> None:
         """Writes bm25s' own files; text is streamed and only its term numbers are held in memory.
 
-        Raises `InputError` when no document has a term.
+        For a shard the whole collection is read once more, before it, and nothing of it held but frequencies. Raises
+        `InputError` when no document has a term.
         """
-        import bm25s
+        collection = _collection(source)
+        analyzer = Analyzer(recipe.stemmer, recipe.stop_words)
+        whole = None
+        if source.whole is not None:
+            whole = _counted(_collection(source.whole), analyzer)
+            np.save(draft.path / _FREQUENCIES, whole.frequencies)
+            draft.details["collection"] = {"documents": whole.documents, "terms": whole.length}
+        cls._write(recipe, collection, draft, whole)
 
-        if source.collection is None:
-            raise UsageError("a bm25 index is built from a collection")
-        documents = source.collection.documents
-        vocabulary, terms = _terms_of(
-            documents.iter_texts(), len(documents), Analyzer(recipe.stemmer, recipe.stop_words)
-        )
-        if not vocabulary:
-            raise InputError(f"{source.collection.path}: none of the {len(documents)} documents has a term to index")
+    def grow(self, source: Source, draft: Draft) -> None:
+        """Writes another shard of the collection that this one is of."""
+        frequencies = np.load(self.path / _FREQUENCIES)
+        of = self.manifest.details["collection"]
+        whole = _Statistics(dict(self._vocabulary), frequencies, of["documents"], of["terms"])
+        self._write(self._recipe, _collection(source), draft, whole)
+
+    @classmethod
+    def _write(cls, recipe: BM25Recipe, collection: Collection, draft: Draft, whole: _Statistics | None) -> None:
+        import bm25s
+        from scipy.sparse import csr_array
+
+        documents = collection.documents
+        vocabulary = {} if whole is None else whole.vocabulary
+        analyzer = Analyzer(recipe.stemmer, recipe.stop_words)
+        terms, lengths = _terms_of(documents, vocabulary, analyzer)
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        ones = np.ones(len(terms), dtype=np.float32)
+        matrix = csr_array((ones, np.frombuffer(terms, dtype=np.int32), starts), shape=(len(lengths), len(vocabulary)))
+        matrix.sum_duplicates()
+        by_term = matrix.tocsc()
+        if whole is None:
+            whole = _Statistics(vocabulary, np.diff(by_term.indptr), len(lengths), len(terms))
+        if not whole.length:
+            raise InputError(f"{collection.path}: none of the {whole.documents} documents has a term to index")
         engine = bm25s.BM25(k1=recipe.k1, b=recipe.b, method="lucene", backend="numpy", csc_backend="numpy")
-        engine.index((terms, vocabulary), create_empty_token=False, show_progress=False)
+        weights = {"data": _weights(by_term, lengths, whole, recipe), "num_docs": len(lengths)}
+        engine.scores = {**weights, "indices": by_term.indices, "indptr": by_term.indptr}
+        engine.vocab_dict, engine.nonoccurrence_array = vocabulary, None
         engine.save(draft.path)
         draft.counts["documents"] = write_rows(draft.path, documents.ids)
-        draft.counts["terms"] = len(vocabulary)
-        draft.counts["documents_without_terms"] = sum(1 for document in terms if not document)
+        draft.counts["postings"] = len(by_term.data)
+        draft.counts["documents_without_terms"] = int(np.count_nonzero(lengths == 0))
         draft.details["metric"] = "bm25"
 
     @classmethod
@@ -125,12 +159,64 @@ class BM25Index(Index):
         return found
 
 
-def _terms_of(texts: Any, total: int, analyzer: Analyzer) -> tuple[dict[str, int], list[array[int]]]:
-    """The vocabulary (term → number, in order of first use) and each document's term numbers."""
-    vocabulary: dict[str, int] = {}
-    documents = []
-    with progress(f"indexing {total:,} documents", total) as advance:
-        for text in texts:
-            documents.append(array("i", [vocabulary.setdefault(t, len(vocabulary)) for t in analyzer.terms(text)]))
+@dataclass(frozen=True)
+class _Statistics:
+    """What the weight of a term depends on beside its document."""
+
+    vocabulary: dict[str, int]
+    """Term → number, in order of first use."""
+    frequencies: np.ndarray
+    """Documents [terms] int64 that have each term."""
+    documents: int
+    length: int
+    """Terms of all documents together."""
+
+
+def _collection(source: Source) -> Collection:
+    if source.collection is None:
+        raise UsageError("a bm25 index is built from a collection")
+    return source.collection
+
+
+def _terms_of(documents: Documents, vocabulary: dict[str, int], analyzer: Analyzer) -> tuple[array[int], np.ndarray]:
+    """The numbers of all documents' terms one after another, and how many each has; new terms get a number."""
+    terms = array("i")
+    lengths = np.zeros(len(documents), dtype=np.int64)
+    with progress(f"indexing {len(documents):,} documents", len(documents)) as advance:
+        for row, text in enumerate(documents.iter_texts()):
+            before = len(terms)
+            terms.extend(vocabulary.setdefault(term, len(vocabulary)) for term in analyzer.terms(text))
+            lengths[row] = len(terms) - before
             advance(1)
-    return vocabulary, documents
+    return terms, lengths
+
+
+def _counted(collection: Collection, analyzer: Analyzer) -> _Statistics:
+    """The statistics of a collection, whose text is streamed."""
+    vocabulary: dict[str, int] = {}
+    frequencies = array("q")
+    documents, length = collection.documents, 0
+    with progress(f"counting the terms of {len(documents):,} documents", len(documents)) as advance:
+        for text in documents.iter_texts():
+            terms = analyzer.terms(text)
+            length += len(terms)
+            for term in dict.fromkeys(terms):
+                number = vocabulary.setdefault(term, len(vocabulary))
+                if number == len(frequencies):
+                    frequencies.append(0)
+                frequencies[number] += 1
+            advance(1)
+    return _Statistics(vocabulary, np.array(frequencies, dtype=np.int64), len(documents), length)
+
+
+def _weights(by_term: Any, lengths: np.ndarray, whole: _Statistics, recipe: BM25Recipe) -> np.ndarray:
+    """The weight [postings] float32 of each posting of a ``csc_array`` [documents, terms] of term frequencies."""
+    average = np.float64(whole.length) / whole.documents
+    norms = recipe.k1 * ((1 - recipe.b) + recipe.b * lengths / average)
+    inverse = [math.log(1 + (whole.documents - df + 0.5) / (df + 0.5)) for df in whole.frequencies.tolist()]
+    idf = np.repeat(np.array(inverse, dtype=np.float32), np.diff(by_term.indptr))
+    for start in range(0, len(idf), _STEP):
+        part = slice(start, start + _STEP)
+        tf = by_term.data[part]
+        idf[part] *= tf / (norms[by_term.indices[part]] + tf)
+    return idf

@@ -65,7 +65,7 @@ def build_index(
         check_layout(parsed.kind, engine.takes, encoder.layout, f"model '{encoder.source.name}'")
         vectors = encode(encoder, opened, out.with_name(out.name + ".vectors"), force=force)
     source = open_source(parsed.kind, engine, opened, vectors, queries, scores)
-    check_shards(parsed.kind, engine, parsed.shards, len(source.vectors or ()))
+    check_shards(parsed.shards, len(source.ids))
     plan = Plan("index", parsed.resolved(), inputs_of(source))
     if plan.finished(out, force=force):
         index = Index.load(out)
@@ -99,15 +99,15 @@ def estimate_index(
     given = {"collection": collection, "vectors": vectors, "model": model}
     check_arguments(parsed.kind, engine, **given, queries=queries, scores=scores or None)
     opened = open_collection(collection)
-    read = open_source(parsed.kind, engine, opened, vectors, queries, scores).vectors
-    documents = len(opened.documents) if read is None and opened is not None else len(read or ())
-    check_shards(parsed.kind, engine, parsed.shards, documents)
-    shape = _shape_of(read) if read is not None else None
+    source = open_source(parsed.kind, engine, opened, vectors, queries, scores)
+    documents = len(source.ids)
+    check_shards(parsed.shards, documents)
+    shape = None if source.vectors is None else _shape_of(source.vectors)
     if model is not None and opened is not None:
         shape = _shape_of_model(parsed.kind, engine.takes, model, opened)
-    source = opened if shape is None else shape
-    assert source is not None, "a text index was refused without a collection"
-    each, besides = engine.estimate(parsed, source)
+    of = opened if shape is None else shape
+    assert of is not None, "a text index was refused without a collection"
+    each, besides = engine.estimate(parsed, of)
     return {
         "recipe": parsed.resolved(),
         "documents": documents,

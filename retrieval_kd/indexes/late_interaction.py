@@ -255,8 +255,8 @@ def _distilled(recipe: LateInteractionRecipe, tokens: Tokens, source: Source, dr
     inner = Draft(draft.work / "distill-vq", resumed=False)
     inner.path.mkdir()
     queries = None if source.queries is None else Tokens(source.queries)
-    training = None if source.whole is None else Tokens.of_documents(source.whole)
-    DistillVQIndex.build(given, Source(vectors=tokens, queries=queries, whole=training), inner)
+    whole = None if source.whole is None else Source(vectors=Tokens.of_documents(source.training))
+    DistillVQIndex.build(given, Source(vectors=tokens, queries=queries, whole=whole), inner)
     draft.counts.update({name: number for name, number in inner.counts.items() if name != "documents"})
     draft.details["distill_vq"] = inner.details
     index = import_faiss().read_index(str(inner.path / NATIVE))

@@ -15,7 +15,7 @@ from retrieval_kd.artifact import Draft
 from retrieval_kd.errors import InputError, RecipeError, UsageError, did_you_mean
 from retrieval_kd.indexes.base import IndexRecipe, Shape, Source, check_allowed, check_k
 from retrieval_kd.indexes.java import java_class
-from retrieval_kd.indexes.lucene_index import CONTENTS, LuceneIndex
+from retrieval_kd.indexes.lucene_index import CONTENTS, LuceneIndex, share_statistics
 from retrieval_kd.indexes.sparse_source import check_sparse_queries, document_weights, query_terms
 from retrieval_kd.recipe import Section
 
@@ -58,7 +58,6 @@ class LuceneBM25Index(LuceneIndex):
 
     Recipe = LuceneBM25Recipe
     takes: ClassVar[str] = "text"
-    segmentable: ClassVar[bool] = False
 
     @classmethod
     def similarity(cls, search: LuceneSearch) -> Any:
@@ -68,13 +67,25 @@ class LuceneBM25Index(LuceneIndex):
     @classmethod
     def build(cls, recipe: LuceneBM25Recipe, source: Source, draft: Draft) -> None:
         """Writes Lucene's files; text is streamed. Raises `InputError` when no document has a term."""
-        if source.collection is None:
-            raise UsageError("a lucene index is built from a collection")
-        documents = source.collection.documents
+        cls._write_texts(recipe, source, draft)
+        if draft.counts["documents_without_terms"] == draft.counts["documents"]:
+            _check_terms(_collection(source if source.whole is None else source.whole), recipe)
+
+    def grow(self, source: Source, draft: Draft) -> None:
+        """Writes another segment, whose documents may all be without terms."""
+        assert isinstance(self.recipe, LuceneBM25Recipe)
+        self._write_texts(self.recipe, source, draft)
+
+    @classmethod
+    def _write_texts(cls, recipe: LuceneBM25Recipe, source: Source, draft: Draft) -> None:
+        documents = _collection(source).documents
         cls.write(draft, documents.ids, documents.text, _analyzer(recipe), recipe.search)
-        if draft.counts["documents_without_terms"] == len(documents):
-            raise InputError(f"{source.collection.path}: none of the {len(documents)} documents has a term to index")
         draft.details["metric"] = "bm25"
+
+    @classmethod
+    def join(cls, segments: Sequence[LuceneBM25Index]) -> None:
+        """Document frequencies and the average length become those of all segments together."""
+        share_statistics(segments)
 
     @classmethod
     def estimate(cls, recipe: LuceneBM25Recipe, source: Collection | Shape) -> tuple[float, int]:
@@ -212,6 +223,20 @@ class LuceneImpactIndex(LuceneIndex):
             above = int(np.count_nonzero(sums > 0))  # Lucene finds documents by terms of weight 0 too
             scores[place, :above], rows[place, :above] = sums[:above] / self._scale, found[:above]
         return scores, rows
+
+
+def _collection(source: Source) -> Collection:
+    if source.collection is None:
+        raise UsageError("a lucene index is built from a collection")
+    return source.collection
+
+
+def _check_terms(collection: Collection, recipe: LuceneBM25Recipe) -> None:
+    """Raises `InputError` when no document has a term."""
+    terms, analyzer = java_class("io.anserini.analysis.AnalyzerUtils").analyze, _analyzer(recipe)
+    documents = collection.documents
+    if not any(len(terms(analyzer, text)) for text in documents.iter_texts()):
+        raise InputError(f"{collection.path}: none of the {len(documents)} documents has a term to index")
 
 
 def _analyzer(recipe: LuceneBM25Recipe) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ import numpy as np
 
 from retrieval_kd.artifact import Draft
 from retrieval_kd.errors import ArtifactError, DataError, RetrievalKDError, first
-from retrieval_kd.indexes.base import Index, write_rows
+from retrieval_kd.indexes.base import Index, arrow_ids, write_rows
 from retrieval_kd.indexes.java import java_cast, java_class, leave_java_with_thread
 from retrieval_kd.progress import progress
 
@@ -76,7 +76,9 @@ class LuceneIndex(Index):
         # Java never lets go of what it has mapped; an old generation's files would stay on the disk.
         weakref.finalize(self, _close, self._reader).atexit = False
         self._searcher = java_class("org.apache.lucene.search.IndexSearcher")(self._reader)
-        self._searcher.setSimilarity(self.similarity(search))
+        self._similarity = self.similarity(search)
+        self._searcher.setSimilarity(self._similarity)
+        self._part: Any = None
         self._generator = java_class("io.anserini.search.query.BagOfWordsQueryGenerator")()
         self._json = java_class("com.fasterxml.jackson.databind.ObjectMapper")()
 
@@ -89,15 +91,27 @@ class LuceneIndex(Index):
         wanted = int(k / share)
         while True:
             wanted = min(wanted, len(self))
+            top = self._searcher.search(query, wanted) if self._part is None else self._of_part(query, wanted)
             # As JSON, many hits cross from Java in one call.
-            found = json.loads(self._json.writeValueAsString(self._searcher.search(query, wanted)))["scoreDocs"]
+            found = json.loads(self._json.writeValueAsString(top))["scoreDocs"]
             scores = np.array([hit["score"] for hit in found], dtype=np.float32)
-            rows = self._order[np.array([hit["doc"] for hit in found], dtype=np.int64)].astype(np.int64)
+            places = np.array([hit["doc"] for hit in found], dtype=np.int64)
+            rows = self._order[places - (0 if self._part is None else self._part.docBase)].astype(np.int64)
             if allowed is not None:
                 scores, rows = scores[allowed[rows]], rows[allowed[rows]]
             if len(rows) >= k or len(found) < wanted or wanted == len(self):
                 return scores[:k], rows[:k]
             wanted *= 4
+
+    def _of_part(self, query: Any, k: int) -> Any:
+        """Lucene's best ``k`` of this segment, with the statistics of all that the searcher has."""
+        modes = java_class("org.apache.lucene.search.ScoreMode")
+        weight = self._searcher.createWeight(self._searcher.rewrite(query), modes.TOP_SCORES, 1.0)
+        scorer = weight.bulkScorer(self._part)
+        collector = java_class("org.apache.lucene.search.TopScoreDocCollector").create(k, k)
+        if scorer is not None:
+            scorer.score(collector.getLeafCollector(self._part), None)
+        return collector.topDocs()
 
     def problems(self) -> list[str]:
         """Broken rows, or another number of documents in Lucene."""
@@ -107,11 +121,21 @@ class LuceneIndex(Index):
         return found
 
 
+def share_statistics(segments: Sequence[LuceneIndex]) -> None:
+    """Makes each segment count terms and lengths over the documents of all, as Lucene does over its own segments."""
+    reader = java_class("org.apache.lucene.index.MultiReader")([segment._reader for segment in segments], True)
+    searcher = java_class("org.apache.lucene.search.IndexSearcher")(
+        java_cast("org.apache.lucene.index.IndexReader", reader)
+    )
+    searcher.setSimilarity(segments[0]._similarity)
+    for number, segment in enumerate(segments):
+        segment._searcher, segment._part = searcher, reader.leaves().get(number)
+
+
 def _check_ids(ids: Any) -> None:
-    import pyarrow as pa
     import pyarrow.compute as pc
 
-    array = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids, pa.string())
+    array = arrow_ids(ids)
     long = array.filter(pc.greater(pc.binary_length(array), _LONGEST_ID)).to_pylist()
     if long:
         shown = first(f"{one[:40]}…" for one in long)
@@ -132,7 +156,7 @@ def _fields(ids: Any, text: Callable[[int], str], order: np.ndarray) -> Iterator
     """Id and content of each document in Lucene's order."""
     import pyarrow as pa
 
-    array = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids, pa.string())
+    array = arrow_ids(ids)
     for start in range(0, len(order), _BATCH):
         rows = order[start : start + _BATCH]
         yield from zip(array.take(pa.array(rows)).to_pylist(), map(text, rows.tolist()), strict=True)

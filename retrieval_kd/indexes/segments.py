@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -32,9 +31,6 @@ from retrieval_kd.indexes.base import (
 )
 from retrieval_kd.progress import progress
 
-if TYPE_CHECKING:
-    from retrieval_kd.data.vectors import Vectors
-
 log = logging.getLogger("retrieval_kd")
 
 _OF_ONE_GENERATION = {SEGMENTS, UPDATED_FROM, "build_seconds", "bytes"}
@@ -53,6 +49,7 @@ class Segments(Index):
         names = self.manifest.details[SEGMENTS]
         self.segments = [Index.load(self.path / name, verify=False, search=self.search_values) for name in names]
         self._starts = np.cumsum([0, *(len(segment) for segment in self.segments)]).tolist()
+        self.engine.join(self.segments)
 
     @property
     def exact(self) -> bool:
@@ -137,9 +134,9 @@ def write_segment(draft: Draft, number: int, recipe: IndexRecipe, source: Source
 
     One that a former attempt finished is kept. What comes back is not opened: memory holds one segment's engine.
     """
-    vectors = source.vectors
-    assert vectors is not None, "an index of a text engine has one segment"
-    inputs = {"vectors": vectors.ref(), "model": vectors.model_ref}
+    inputs = {"vectors" if source.vectors is not None else "collection": source.rows.ref()}
+    if source.vectors is not None:
+        inputs["model"] = source.vectors.model_ref
     plan = Plan("index", recipe.model_copy(update={"shards": 1}).resolved(), inputs)
     place = draft.path / segment_name(number)
     if not plan.finished(place):
@@ -171,29 +168,21 @@ def shard_bounds(documents: int, shards: int) -> list[int]:
     return [documents * shard // shards for shard in range(shards + 1)]
 
 
-def check_shards(kind: str, engine: type[Index], shards: int, documents: int) -> None:
-    """Raises `UsageError` for shards of an engine that has none, or for more shards than documents."""
-    if shards > 1 and not engine.segmentable:
-        raise UsageError(
-            f"a {kind} index has no shards: its scores depend on the whole collection; build it in one piece"
-        )
+def check_shards(shards: int, documents: int) -> None:
+    """Raises `UsageError` for more shards than documents."""
     if shards > max(documents, 1):
         raise UsageError(f"{shards} shards of {documents} documents: a shard has at least one; lower --shards")
 
 
 def _write_shards(engine: type[Index], recipe: IndexRecipe, source: Source, draft: Draft) -> None:
-    from retrieval_kd.data.vector_rows import VectorRange
-
-    whole: Vectors | None = source.vectors
-    assert whole is not None, "check_shards refuses text engines"
-    shards = min(recipe.shards, max(len(whole), 1))
-    bounds = shard_bounds(len(whole), shards)
+    documents = len(source.ids)
+    shards = min(recipe.shards, max(documents, 1))
+    bounds = shard_bounds(documents, shards)
     segments: list[Index] = []
     first: Index | type[Index] = engine
     with progress(f"building {shards} shards", shards) as advance:
         for number, (start, stop) in enumerate(pairwise(bounds), 1):
-            part = replace(source, collection=None, vectors=VectorRange(whole, start, stop), whole=whole)
-            segments.append(write_segment(draft, number, recipe, part, first))
+            segments.append(write_segment(draft, number, recipe, source.shard(start, stop), first))
             if number == 1:
                 first = Index.load(segments[0].path, verify=False)
             log.info("shard %s of %s: documents %s to %s", number, shards, f"{start:,}", f"{stop:,}")

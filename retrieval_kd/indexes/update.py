@@ -14,7 +14,16 @@ import numpy as np
 from retrieval_kd.artifact import Draft, InputRef, Plan
 from retrieval_kd.errors import ArtifactError, InputError, UsageError, did_you_mean, first
 from retrieval_kd.indexes.attributes import ATTRIBUTES, attributes_of, joined, write_attributes
-from retrieval_kd.indexes.base import DELETED, SEGMENTS, UPDATED_FROM, Index, IndexRecipe, Source, input_names
+from retrieval_kd.indexes.base import (
+    DELETED,
+    SEGMENTS,
+    UPDATED_FROM,
+    Index,
+    IndexRecipe,
+    Source,
+    arrow_ids,
+    input_names,
+)
 from retrieval_kd.indexes.generations import link_rows, link_segments, locked, next_generation
 from retrieval_kd.indexes.inputs import (
     inputs_of,
@@ -58,12 +67,13 @@ def update_index(
     """The index at ``index`` after documents were added or deleted, as a new generation that is published at once.
 
     ``add`` takes ``vectors`` of new documents by the index's model (and their ``collection``, whose attributes are
-    kept), ``delete`` takes ``ids``; ``compact`` builds the index anew from the vectors of the documents that are left.
-    With ``rebuild`` an ``add`` does that too, and a text index is built anew from ``collection``. Whatever fails or is
-    killed leaves the index as it was.
+    kept), or the ``collection`` of new documents of a text index; ``delete`` takes ``ids``; ``compact`` builds the
+    index anew from the vectors or texts of the documents that are left. With ``rebuild`` an ``add`` does that too.
+    Whatever fails or is killed leaves the index as it was.
 
     Raises `InputError` for an id that is there already, or that is to be deleted and is not there; `ArtifactError` for
-    vectors by another model and for vectors that are needed and gone; `UsageError` for what the engine cannot do.
+    vectors by another model, and for vectors or collections that are needed and gone; `UsageError` for what the engine
+    cannot do.
     """
     root = Path(index)
     if action not in get_args(Action):
@@ -113,82 +123,68 @@ class _Update:
             link_segments(self.former, draft)
             link_rows(self.former, draft)
             self._finish(draft, self._segments(draft), np.concatenate([self._dead(), rows]))
-        if not self.engine.segmentable:
-            log.info("%s: scores still count the deleted documents; a rebuild forgets them", self.root)
+        if self.engine.takes == "text":
+            log.info("%s: scores still count the deleted documents until it is compacted", self.root)
         log.info("%s: %s documents deleted", self.root, f"{len(rows):,}")
 
     def add(self, vectors: Vectors | None, collection: Collection | None, *, rebuild: bool) -> None:
-        """Adds a segment of ``vectors``, or builds all anew."""
-        if self.engine.takes == "text":
-            return self._rebuild_text(vectors, collection, rebuild=rebuild)
-        if vectors is None:
-            raise UsageError("add takes the vectors of the new documents: give --vectors V (see retrieval-kd encode)")
+        """Adds a segment of new documents, or builds all anew."""
         kind = self.recipe.kind
-        if not self.engine.segmentable and not rebuild:
+        text = self.engine.takes == "text"
+        if text and (vectors is not None or collection is None):
+            raise UsageError(f"a {kind} index reads text: give the new documents with --collection C, and no vectors")
+        if not text and vectors is None:
+            raise UsageError("add takes the vectors of the new documents: give --vectors V (see retrieval-kd encode)")
+        if not self.engine.growable and not rebuild:
             raise UsageError(
                 f"{self.root}: a {kind} index cannot grow, its scores depend on the whole collection; "
-                "add --rebuild to build it anew from all vectors"
+                f"add --rebuild to build it anew from the old {self._inputs} and the new"
             )
         source = with_collection(open_source(kind, self.engine, collection, vectors))
-        self._check_new(vectors)
+        self._check_new(source)
+        number = len(source.ids)
         refs = self._refs(source)
         if rebuild:
-            parts = [*self._all_vectors(), vectors]
-            return self._build_anew("add", parts, self._live_ids() + vectors.ids, source)
+            parts = [*self._parts(), source]
+            return self._build_anew("add", parts, self._live_ids() + arrow_ids(source.ids).to_pylist(), source)
         with next_generation(self.root, "add", self._plan(refs)) as draft:
             link_segments(self.former, draft)
             segments = self._segments(draft)
-            number = 1 + max(int(segment.path.name.rpartition("-")[2]) for segment in segments)
+            last = max(int(segment.path.name.rpartition("-")[2]) for segment in segments)
             first_segment = Index.load(segments[0].path, verify=False)
-            segments.append(write_segment(draft, number, self.recipe, replace(source, collection=None), first_segment))
-            _check_metric(segments[0], segments[-1], vectors)
-            attributes = joined(self.former.attributes, len(self.former), self._new_attributes(source), len(vectors))
+            of_segment = source if text else replace(source, collection=None)
+            segments.append(write_segment(draft, last + 1, self.recipe, of_segment, first_segment))
+            _check_metric(segments[0], segments[-1], source.rows.path)
+            attributes = joined(self.former.attributes, len(self.former), self._new_attributes(source), number)
             write_all_rows(draft, segments)
             if attributes is not None:
                 write_attributes(draft.path / ATTRIBUTES, attributes)
             self._finish(draft, segments, self._dead())
-        log.info("%s: %s documents added", self.root, f"{len(vectors):,}")
+        log.info("%s: %s documents added", self.root, f"{number:,}")
         if len(segments) >= _MANY_SEGMENTS:
             log.info("%s: has %s segments; `update %s compact` makes them one", self.root, len(segments), self.root)
 
     def compact(self) -> None:
         """Builds the index anew of the documents that are left."""
-        if self.engine.takes == "text":
-            raise UsageError(
-                f"{self.root}: a {self.recipe.kind} index is compacted by building it from a collection without the "
-                f"deleted documents: update {self.root} add --rebuild --collection C"
-            )
-        self._build_anew("compact", self._all_vectors(), self._live_ids(), None)
+        self._build_anew("compact", self._parts(), self._live_ids(), None)
 
-    def _rebuild_text(self, vectors: Vectors | None, collection: Collection | None, *, rebuild: bool) -> None:
-        if vectors is not None or collection is None or not rebuild:
-            raise UsageError(
-                f"{self.root}: a {self.recipe.kind} index cannot grow, its scores depend on the whole collection; "
-                "build it anew from a collection with all documents: add --rebuild --collection C"
-            )
-        source = Source(collection)
-        plan = self._plan(inputs_of(source))
-        with next_generation(self.root, "add", plan) as draft:
-            write_index(self.engine, self.recipe, source, draft)
-            self._note_origin(draft)
-        before, now = set(self._live_ids()), set(collection.documents.ids.to_pylist())
-        log.info("%s: built anew: %s documents are new, %s are gone", self.root, len(now - before), len(before - now))
-
-    def _build_anew(self, action: str, parts: list[Vectors], ids: list[str], new: Source | None) -> None:
+    def _build_anew(self, action: str, parts: list[Source], ids: list[str], new: Source | None) -> None:
         """A generation of one piece (or the recipe's shards) of the documents ``ids``, from the last part with each."""
         import pyarrow as pa
 
-        from retrieval_kd.data.vector_rows import gather_vectors, last_rows
+        from retrieval_kd.data.vector_rows import last_rows
 
         if not ids:
             raise InputError(f"{self.root}: no document is left; an index has at least one")
-        part_of, row_of = last_rows(parts, ids)
+        part_of, row_of = last_rows([part.ids for part in parts], ids)
         if (part_of < 0).any():
             missing = [ids[i] for i in np.flatnonzero(part_of < 0)]
-            raise ArtifactError(f"{self.root}: {len(missing)} documents are not in its vectors: {first(missing)}")
+            raise ArtifactError(
+                f"{self.root}: {len(missing)} documents are not in its {self._inputs}: {first(missing)}"
+            )
         used = [part for i, part in enumerate(parts) if (part_of == i).any()]
-        refs = {name: ref for name, ref in self._refs(new).items() if name.partition("_")[0] != "vectors"}
-        refs |= numbered("vectors", [part.ref() for part in used])
+        refs = {name: ref for name, ref in self._refs(new).items() if name.partition("_")[0] != self._from}
+        refs |= numbered(self._from, [part.rows.ref() for part in used])
         table = joined(
             self.former.attributes,
             len(self.former),
@@ -200,23 +196,33 @@ class _Update:
             alive[self._dead()] = False
             table = table.filter(pa.array(alive))
         with next_generation(self.root, action, self._plan(refs)) as draft:
-            whole = len(used) == 1 and used[0].ids == ids
-            vectors = used[0] if whole else gather_vectors(draft.work / "vectors", parts, part_of, row_of)
-            write_index(self.engine, self.recipe, self._learned_from(vectors), draft, table)
+            whole = len(used) == 1 and arrow_ids(used[0].ids).to_pylist() == ids
+            source = used[0] if whole else _gathered(draft.work / "vectors", parts, part_of, row_of)
+            write_index(self.engine, self.recipe, self._with_teachers(source), draft, table)
             self._note_origin(draft)
         log.info("%s: built anew of %s documents", self.root, f"{len(ids):,}")
 
-    def _learned_from(self, vectors: Vectors) -> Source:
-        """What the index was learned from, with other document vectors."""
+    def _with_teachers(self, source: Source) -> Source:
+        """``source`` with the queries and scores that the index was learned from."""
         from retrieval_kd.data.scores import Scores
 
         inputs = self.former.manifest.inputs
         scores = [Scores.load(self.former.locate(name)) for name in input_names(inputs, "scores")]
         queries = open_vectors(self.former.locate("queries")) if "queries" in inputs else None
-        return Source(None, vectors, queries, scores)
+        return replace(source, queries=queries, scores=scores)
 
-    def _check_new(self, vectors: Vectors) -> None:
-        """Raises unless the vectors are new documents by the index's model."""
+    def _check_new(self, source: Source) -> None:
+        """Raises unless the documents are new, and their vectors by the index's model."""
+        if source.vectors is not None:
+            self._check_vectors(source.vectors)
+        rows = self._rows_of(source.ids)
+        if len(rows):
+            raise InputError(
+                f"{self.root}: {len(rows)} of {len(source.ids)} new documents are in it already: "
+                f"{first(self.former.ids_of(rows[:4]))}; delete them first, or leave them out"
+            )
+
+    def _check_vectors(self, vectors: Vectors) -> None:
         needed = self.former.manifest.inputs["model"]["fingerprint"]
         if vectors.model_ref.fingerprint != needed:
             raise ArtifactError(
@@ -230,34 +236,36 @@ class _Update:
             raise ArtifactError(
                 f"{vectors.path}: has {vectors.dimension} dimensions, {self.root} {dimension}; encode again"
             )
-        rows = self._rows_of(vectors.ids)
-        if len(rows):
-            raise InputError(
-                f"{self.root}: {len(rows)} of {len(vectors)} new documents are in it already: "
-                f"{first(self.former.ids_of(rows[:4]))}; delete them first, or leave them out"
-            )
 
-    def _rows_of(self, ids: Sequence[str]) -> np.ndarray:
+    def _rows_of(self, ids: Any) -> np.ndarray:
         """The rows of those among ``ids`` that are in the index and not deleted."""
-        import pyarrow as pa
         import pyarrow.compute as pc
 
-        rows = np.flatnonzero(np.asarray(pc.is_in(self.former.ids, value_set=pa.array(ids, pa.string()))))
+        rows = np.flatnonzero(np.asarray(pc.is_in(self.former.ids, value_set=arrow_ids(ids))))
         return rows if self.former.live is None else rows[self.former.live[rows]]
 
-    def _all_vectors(self) -> list[Vectors]:
-        """The vectors of every document, in the order they were added."""
-        from retrieval_kd.data.vectors import Vectors
+    @property
+    def _from(self) -> str:
+        """The name of the inputs that every document is read from."""
+        return "collection" if self.engine.takes == "text" else "vectors"
 
+    @property
+    def _inputs(self) -> str:
+        return "collections" if self._from == "collection" else self._from
+
+    def _parts(self) -> list[Source]:
+        """The vectors, or the collections, of every document in the order they were added."""
         found = []
-        for name in input_names(self.former.manifest.inputs, "vectors"):
+        text = self._from == "collection"
+        for name in input_names(self.former.manifest.inputs, self._from):
             try:
-                found.append(Vectors.load(self.former.locate(name)))
+                place = self.former.locate(name)
+                found.append(Source(open_collection(place)) if text else Source(vectors=open_vectors(place)))
             except ArtifactError as error:
-                place = self.former.manifest.inputs[name].get("absolute", "nowhere")
+                was = self.former.manifest.inputs[name].get("absolute", "nowhere")
                 raise ArtifactError(
-                    f"{self.root}: can be built anew only from all its vectors, and those that were at {place} are "
-                    "gone or others; put them back, or build another index"
+                    f"{self.root}: can be built anew only from all its {self._inputs}, and those that were at {was} "
+                    "are gone or others; put them back, or build another index"
                 ) from error
         return found
 
@@ -273,8 +281,8 @@ class _Update:
 
     def _new_attributes(self, source: Source) -> Any:
         found = None
-        if source.collection is not None and source.vectors is not None:
-            found = attributes_of(source.collection, source.vectors.ids)
+        if source.collection is not None:
+            found = attributes_of(source.collection, None if source.vectors is None else source.vectors.ids)
         if found is None and self.former.attributes is not None:
             log.warning(
                 "%s: the new documents have no attributes, so that no filter finds them; "
@@ -294,13 +302,13 @@ class _Update:
         """The former inputs, and the vectors and collection of new documents: the last with an id is the one in use."""
         inputs = self.former.manifest.inputs
         refs = {name: recorded(self.former, name) for name in inputs}
-        if new is None or new.vectors is None:
+        if new is None:
             return refs
         named = {kind: ref for kind, ref in inputs_of(new).items() if kind in ("vectors", "collection")}
         for kind, ref in named.items():
             names = input_names(inputs, kind)
             others = [refs.pop(name) for name in names]
-            if kind == "vectors" or ref.fingerprint not in {other.fingerprint for other in others}:
+            if kind == self._from or ref.fingerprint not in {other.fingerprint for other in others}:
                 others = [*(other for other in others if other.fingerprint != ref.fingerprint), ref]
             refs |= numbered(kind, others)
         return refs
@@ -326,8 +334,21 @@ def _refuse(action: str, **given: object) -> None:
         raise UsageError(f"update … {action} does not take {' and '.join(unused)}")
 
 
-def _check_metric(first_segment: Index, added: Index, vectors: Vectors) -> None:
+def _gathered(folder: Path, parts: Sequence[Source], part_of: np.ndarray, row_of: np.ndarray) -> Source:
+    """Row i is row ``row_of[i]`` of ``parts[part_of[i]]``: texts where they are, vectors copied into ``folder``."""
+    if parts[0].vectors is None:
+        from retrieval_kd.data.collection_rows import CollectionRows
+
+        collections = [part.collection for part in parts if part.collection is not None]
+        return Source(CollectionRows(collections, part_of, row_of))
+    from retrieval_kd.data.vector_rows import gather_vectors
+
+    vectors = [part.vectors for part in parts if part.vectors is not None]
+    return Source(vectors=gather_vectors(folder, vectors, part_of, row_of))
+
+
+def _check_metric(first_segment: Index, added: Index, path: Path) -> None:
     """Raises `ArtifactError` where scores of the two could not be compared."""
     metrics = [segment.manifest.details.get("metric") for segment in (added, first_segment)]
     if metrics[0] != metrics[1]:
-        raise ArtifactError(f"{vectors.path}: compares by {metrics[0]}, the index by {metrics[1]}; encode again")
+        raise ArtifactError(f"{path}: compares by {metrics[0]}, the index by {metrics[1]}; encode again")

@@ -38,15 +38,15 @@ def synthetic_texts() -> Callable[..., list[str]]:
 
 @pytest.fixture
 def collect(tmp_path: Path) -> Callable[..., Collection]:
-    """A function that makes a collection artifact of texts whose ids are ``d0``, ``d1``, …"""
+    """A function that makes a collection artifact of texts whose ids are ``d0``, ``d1``, …, or begin at ``start``."""
 
-    def make(texts: Sequence[str], name: str = "collection") -> Collection:
+    def make(texts: Sequence[str], name: str = "collection", *, start: int = 0) -> Collection:
         beir = tmp_path / f"{name}-beir"
-        (beir / "qrels").mkdir(parents=True)
-        rows = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(texts)]
+        (beir / "qrels").mkdir(parents=True, exist_ok=True)
+        rows = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(texts, start)]
         (beir / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (beir / "queries.jsonl").write_text(json.dumps({"_id": "q0", "text": "alko"}) + "\n")
-        (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\n")
+        (beir / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\nq0\td{start}\t1\n")
         return make_collection(str(beir), tmp_path / name)
 
     return make

@@ -87,7 +87,7 @@ def test_a_query_without_a_known_term_has_no_hit(query: str, collect: Collect, t
 
 def test_documents_without_terms_are_counted_and_never_hits(collect: Collect, tmp_path: Path) -> None:
     index = build_index("bm25", collection=collect(["cat", "the", "dog"]), out=tmp_path / "index")
-    assert index.manifest.counts == {"documents": 3, "terms": 2, "documents_without_terms": 1}
+    assert index.manifest.counts == {"documents": 3, "postings": 2, "documents_without_terms": 1}
     assert index.search(["cat the dog"], 3)[1][0, 2] == -1
 
 
@@ -113,6 +113,22 @@ def test_parameters_change_the_scores(
     index = build_index("bm25", collection=collect(texts), out=out, overrides=["k1=1.6", "b=0.75"])
     scores, rows = index.search(["alko bemi"], 5)
     np.testing.assert_allclose(scores[0], lucene(texts, "alko bemi", 1.6, 0.75)[rows[0]], rtol=1e-5)
+
+
+def test_the_files_are_those_that_bm25s_computes(
+    collect: Collect, synthetic_texts: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """To the last bit, in its own arrays; ``the`` leaves a document without a term."""
+    import bm25s
+
+    texts = [*synthetic_texts(200), "the"]
+    build_index("bm25", collection=collect(texts), out=tmp_path / "index")
+    stock = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
+    stock.index([Analyzer("porter", "en").terms(text) for text in texts], create_empty_token=False, show_progress=False)
+    ours = bm25s.BM25.load(tmp_path / "index" / "gen-000001")
+    assert set(ours.vocab_dict) == set(stock.vocab_dict)
+    for term in ours.vocab_dict:
+        np.testing.assert_array_equal(ours.get_scores([term]), stock.get_scores([term]))
 
 
 def test_stock_bm25s_reads_the_files(collect: Collect, tmp_path: Path) -> None:

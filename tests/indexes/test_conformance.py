@@ -59,10 +59,12 @@ def build(
         path.write_text(yaml.safe_dump(recipe))
         made = make(number, copies)
         if takes == "text":
-            how["collection"] = collect(made.values)
+            how["collection"] = collect(made.values[:of], "collection" if of is None else "first")
         else:
             ids = [f"d{row}" for row in range(of or number)]
-            how["vectors"] = write_documents(tmp_path / "vectors", made.values[: len(ids)], ids, made.similarity)
+            how["vectors"] = write_documents(
+                tmp_path / ("vectors" if of is None else "first"), made.values[: len(ids)], ids, made.similarity
+            )
         return build_index(path, **how, out=tmp_path / "index"), made.queries
 
     return build
@@ -125,14 +127,14 @@ class TestConformance:
     def test_shards_are_searched_as_one(
         self, case: Case, takes: str, build: Callable[..., Any], reference: Callable[..., Any]
     ) -> None:
-        if not implementation("indexes", case.recipe["kind"]).segmentable:
-            with pytest.raises(UsageError, match="its scores depend on the whole collection"):
-                build(shards=3)
-            return
-        index, queries = build(shards=3, copies=range(60, 99))
+        whole, queries = build(copies=range(60, 99))
+        of_whole = hits(whole, queries, 10)
+        index, _ = build(shards=3, copies=range(60, 99), force=True)
         assert index.manifest.details["segments"] == [f"segment-00000{number}" for number in (1, 2, 3)]
         assert index.problems() == []
-        if case.finds_all_copies:
+        if index.exact:
+            assert hits(index, queries, 10) == of_whole
+        if takes != "text" and case.finds_all_copies:
             same(case, index, hits(index, queries, 10), reference(10, range(60, 99)))
         scores, rows = index.search(queries, case.documents + 7)
         assert (rows[:, -7:] == -1).all() and np.isneginf(scores[:, -7:]).all()
@@ -144,19 +146,27 @@ class TestConformance:
         make: Callable[..., Made],
         build: Callable[..., Any],
         reference: Callable[..., Any],
+        collect: Callable[..., Collection],
         tmp_path: Path,
     ) -> None:
         """The last hundred documents come later and d0 and d399 go: the rest of the full ranking is found."""
         first, made = case.documents - 100, make(case.documents)
-        if not implementation("indexes", case.recipe["kind"]).segmentable:
-            _, queries = build()
-            everything = hits(Index.load(tmp_path / "index"), queries, case.documents)
+        given: dict[str, Any]
+        if takes == "text":
+            whole, _ = build()
+            everything = hits(whole, made.queries, case.documents)
+            given = {"collection": collect(made.values[first : case.documents], "more", start=first)}
         else:
-            _, queries = build(of=first)
-            ids = [f"d{row}" for row in range(first, case.documents)]
-            write_documents(tmp_path / "more", made.values[first : case.documents], ids, made.similarity)
-            update_index(tmp_path / "index", "add", vectors=tmp_path / "more")
             everything = reference(case.documents)
+            ids = [f"d{row}" for row in range(first, case.documents)]
+            more = write_documents(tmp_path / "more", made.values[first : case.documents], ids, made.similarity)
+            given = {"vectors": more}
+        _, queries = build(of=first, force=True)
+        if not implementation("indexes", case.recipe["kind"]).growable:
+            with pytest.raises(UsageError, match=r"its scores depend on the whole collection; add --rebuild"):
+                update_index(tmp_path / "index", "add", **given)
+            given["rebuild"] = True
+        update_index(tmp_path / "index", "add", **given)
         gone = {"d0", f"d{case.documents - 1}"}
         index = update_index(tmp_path / "index", "delete", ids=sorted(gone))
         assert index.problems() == [] and index.manifest.counts["documents"] == case.documents - 2

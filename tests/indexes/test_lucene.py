@@ -73,7 +73,7 @@ def test_bm25_by_hand(collect: Collect, tmp_path: Path) -> None:
     assert [doc_id for doc_id, _ in found] == ["d0", "d1"]
     # tf 2, length 2: 2 / (2 + .9 (.6 + .4·2/3)) = 0.719424; tf 1, length 4: 1 / (1 + .9 (.6 + .4·4/3)) = 0.495050
     np.testing.assert_allclose([score for _, score in found], [0.470004 * 0.719424, 0.470004 * 0.495050], rtol=1e-5)
-    assert index.exact and not index.segmentable and index.problems() == []
+    assert index.exact and index.growable and index.problems() == []
     assert index.manifest.counts == {"documents": 3, "postings": 8, "documents_without_terms": 0}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,13 @@ from tiny_indexes import MODEL, all_scores, best, hits, sparse_documents, write_
 from tiny_scores import make_scores
 
 from retrieval_kd.artifact import InputRef
+from retrieval_kd.data.collection import Collection
 from retrieval_kd.data.vector_writer import write_vectors
 from retrieval_kd.data.vectors import Vectors
-from retrieval_kd.errors import ArtifactError, OutputExistsError, UsageError
+from retrieval_kd.errors import ArtifactError, InputError, OutputExistsError, UsageError
 from retrieval_kd.indexes import sparse_exact
 from retrieval_kd.indexes.base import Index, Source, merged
+from retrieval_kd.indexes.bm25 import BM25Index
 from retrieval_kd.indexes.build import build_index, estimate_index
 from retrieval_kd.indexes.segments import Segments, shard_bounds
 from retrieval_kd.indexes.sparse_exact import SparseExactIndex
@@ -129,6 +133,52 @@ def test_a_build_is_given_what_the_engine_learns_from(
     ):
         with pytest.raises(ArtifactError, match=message):
             build_index("sparse-exact", **{**how, **changed}, out=tmp_path / "wrong")
+
+
+@pytest.mark.parametrize(
+    ("kind", "idf", "average"),
+    [("bm25", math.log(1 + 3.5 / 2.5), 5 / 5), ("lucene", math.log(1 + 1.5 / 2.5), 5 / 3)],
+)
+def test_shards_of_texts_have_the_weights_of_the_whole(
+    kind: str, idf: float, average: float, collect: Callable[..., Collection], tmp_path: Path
+) -> None:
+    """df(cat) = 2 and 5 terms of 5 documents, of which Lucene counts the 3 with a term; the second shard has none."""
+    collection = collect(["cat cat", "bird", "the", "?", "cat dog"])
+    index = build_index(kind, collection=collection, shards=3, out=tmp_path / "index")
+    assert [len(segment) for segment in index.segments] == [1, 2, 2]  # type: ignore[attr-defined]
+    found = hits(index, ["cat"], 5)[0]
+    assert [doc_id for doc_id, _ in found] == ["d0", "d4"]
+    norm = 0.9 * (0.6 + 0.4 * 2 / average)
+    np.testing.assert_allclose([score for _, score in found], [idf * 2 / (2 + norm), idf / (1 + norm)], rtol=1e-6)
+    assert index.manifest.counts["documents_without_terms"] == 2 and index.problems() == []
+
+
+@pytest.mark.parametrize("kind", ["bm25", "lucene"])
+def test_shards_of_texts_without_any_term(kind: str, collect: Callable[..., Collection], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="none of the 3 documents has a term to index"):
+        build_index(kind, collection=collect(["the", "?", "of"]), shards=2, out=tmp_path / "index")
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_killed_build_of_texts_goes_on_after_the_last_whole_shard(
+    collect: Callable[..., Collection], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection = collect(["cat", "cat dog", "bird", "fish", "cat fish"])
+    whole = build_index("bm25", collection=collection, shards=3, out=tmp_path / "whole")
+    grow, read = BM25Index.grow, []
+
+    def killed(self: BM25Index, source: Source, draft: Any) -> None:
+        read.append(list(source.ids.to_pylist()))
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        grow(self, source, draft)
+
+    monkeypatch.setattr(BM25Index, "grow", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_index("bm25", collection=collection, shards=3, out=tmp_path / "index")
+    again = build_index("bm25", collection=collection, shards=3, out=tmp_path / "index")
+    assert read == [["d1", "d2"], ["d3", "d4"], ["d3", "d4"]]
+    assert again.fingerprint == whole.fingerprint
 
 
 def test_a_generation_without_its_segment_is_damaged(vectors: Vectors, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -308,33 +308,74 @@ def test_an_index_of_a_newer_format(index: Path, monkeypatch: pytest.MonkeyPatch
 
 
 class TestText:
-    """BM25's weights depend on all documents."""
+    """BM25's weights depend on all documents: bm25s keeps them, Lucene works them out when it is asked."""
+
+    QUERIES = ("cat", "fish bird", "dog cat cat")
+    TEXTS = ("cat", "cat dog", "bird", "cat fish", "fish", "dog dog bird")
+
+    @pytest.fixture(params=["bm25", "lucene"])
+    def kind(self, request: pytest.FixtureRequest) -> str:
+        return str(request.param)
 
     @pytest.fixture
-    def bm25(self, collect: Callable[..., Collection], tmp_path: Path) -> Path:
-        build_index("bm25", collection=collect(["cat", "cat dog", "bird"]), out=tmp_path / "bm25")
-        return tmp_path / "bm25"
+    def text_index(self, kind: str, collect: Callable[..., Collection], tmp_path: Path) -> Path:
+        build_index(kind, collection=collect(self.TEXTS[:3]), out=tmp_path / "text")
+        return tmp_path / "text"
 
-    def test_it_cannot_grow_and_says_how_else(self, bm25: Path, collect: Callable[..., Collection]) -> None:
-        more = collect(["cat", "cat dog", "bird", "cat fish", "fish"], "larger")
-        for given in ({}, {"collection": more}):
-            with pytest.raises(UsageError, match=r"cannot grow, .* add --rebuild --collection C"):
-                update_index(bm25, "add", **given)  # type: ignore[arg-type]
-        with pytest.raises(UsageError, match=r"update .* add --rebuild --collection C"):
-            update_index(bm25, "compact")
-        rebuilt = update_index(bm25, "add", collection=more, rebuild=True)
-        fresh = build_index("bm25", collection=more, out=bm25.with_name("fresh"))
-        assert hits(rebuilt, ["cat", "fish bird"], 5) == hits(fresh, ["cat", "fish bird"], 5)
-        assert rebuilt.path.name == "gen-000002" and check(bm25) == []
+    @pytest.fixture
+    def later(self, collect: Callable[..., Collection]) -> Collection:
+        return collect(self.TEXTS[3:], "later", start=3)
 
-    def test_a_deleted_document_is_no_hit_and_others_keep_their_scores(self, bm25: Path) -> None:
-        before = hits(Index.load(bm25), ["cat"], 3)
-        assert [doc_id for doc_id, _ in before[0]] == ["d0", "d1"]
-        assert hits(update_index(bm25, "delete", ids=["d0"]), ["cat"], 3) == [before[0][1:]]
+    def fresh(self, kind: str, collect: Callable[..., Collection], rows: Sequence[int]) -> list[Any]:
+        """The hits of an index of these documents alone that is built in one piece."""
+        given = collect([self.TEXTS[row] for row in rows], "fresh")
+        index = build_index(kind, collection=given, out=given.path.with_name("fresh-index"))
+        renamed = {f"d{i}": f"d{row}" for i, row in enumerate(rows)}
+        return [[(renamed[doc_id], score) for doc_id, score in line] for line in hits(index, self.QUERIES, 6)]
 
-    def test_it_has_no_shards(self, collect: Callable[..., Collection], tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="a bm25 index has no shards"):
-            build_index("bm25", collection=collect(["cat", "dog"]), shards=2, out=tmp_path / "sharded")
+    @pytest.mark.parametrize("rebuild", [False, True])
+    def test_it_grows_as_if_built_at_once(
+        self, rebuild: bool, kind: str, text_index: Path, later: Collection, collect: Callable[..., Collection]
+    ) -> None:
+        if kind == "bm25" and not rebuild:
+            with pytest.raises(
+                UsageError, match=r"cannot grow, .* add --rebuild to build it anew from the old collections"
+            ):
+                update_index(text_index, "add", collection=later)
+            return
+        grown = update_index(text_index, "add", collection=later, rebuild=rebuild)
+        assert isinstance(grown, Segments) != rebuild
+        assert hits(grown, self.QUERIES, 6) == self.fresh(kind, collect, range(6))
+        assert list(grown.manifest.inputs) == ["collection", "collection_2"]
+        assert grown.path.name == "gen-000002" and check(text_index) == []
+
+    def test_compacted_as_if_the_deleted_had_never_been(
+        self, kind: str, text_index: Path, later: Collection, collect: Callable[..., Collection]
+    ) -> None:
+        before = hits(update_index(text_index, "add", collection=later, rebuild=True), self.QUERIES, 6)
+        deleted = hits(update_index(text_index, "delete", ids=["d1", "d4"]), self.QUERIES, 6)
+        assert deleted == [[hit for hit in line if hit[0] not in ("d1", "d4")] for line in before]
+        compacted = hits(update_index(text_index, "compact"), self.QUERIES, 6)
+        assert compacted == self.fresh(kind, collect, [0, 2, 3, 5]) != deleted
+
+    def test_what_it_refuses(self, kind: str, text_index: Path, later: Collection, embed: Callable[..., Any]) -> None:
+        with pytest.raises(UsageError, match="reads text: give the new documents with --collection C"):
+            update_index(text_index, "add")
+        with pytest.raises(UsageError, match="reads text: give the new documents with --collection C"):
+            update_index(text_index, "add", vectors=embed(np.eye(2, dtype=np.float32)), rebuild=True)
+        with pytest.raises(InputError, match="3 of 3 new documents are in it already: 'd0', 'd1', 'd2'"):
+            update_index(text_index, "add", collection=text_index.with_name("collection"), rebuild=True)
+        shutil.rmtree(text_index.with_name("collection"))
+        with pytest.raises(ArtifactError, match=r"only from all its collections, and those that were at .* are gone"):
+            update_index(text_index, "add", collection=later, rebuild=True)
+
+    def test_a_rebuild_into_shards_answers_the_same(
+        self, kind: str, later: Collection, collect: Callable[..., Collection], tmp_path: Path
+    ) -> None:
+        build_index(kind, collection=collect(self.TEXTS[:3]), out=tmp_path / "text", shards=2)
+        grown = update_index(tmp_path / "text", "add", collection=later, rebuild=True)
+        assert isinstance(grown, Segments) and check(tmp_path / "text") == []
+        assert hits(grown, self.QUERIES, 6) == self.fresh(kind, collect, range(6))
 
 
 def test_rebuilt_with_what_is_added(index: Path, more: Path, tmp_path: Path) -> None:
