@@ -6,6 +6,8 @@ import logging
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,10 +30,19 @@ _POINTS_PER_CENTROID = 39
 
 
 def train(
-    index: Any, vectors: Vectors, factory: str, *, sample: int, seed: int, cosine: bool, gpu: Any | None = None
+    index: Any,
+    vectors: Vectors,
+    factory: str,
+    work: Path,
+    *,
+    sample: int,
+    seed: int,
+    cosine: bool,
+    gpu: Any | None = None,
 ) -> None:
     """Trains ``index`` (or its ``gpu`` copy) on at most ``sample`` of the vectors, drawn with ``seed``.
 
+    The sample is a memory-mapped file in the folder ``work``, which is gone afterwards: no memory needs to hold it.
     Raises `InputError` for fewer vectors than centroids (or than dimensions of a PCA), and for NaN and infinite values
     among those drawn.
     """
@@ -50,7 +61,7 @@ def train(
     if drawn < advised:
         log.warning("training on %s vectors; %s are advised for '%s'", drawn, advised, factory)
     chosen = np.sort(np.random.default_rng(seed).choice(total, drawn, replace=False))
-    (index if gpu is None else gpu).train(_gathered(vectors, chosen, cosine=cosine))
+    (index if gpu is None else gpu).train(_gathered(vectors, chosen, work, cosine=cosine))
 
 
 def add(
@@ -103,14 +114,14 @@ def faiss_errors(what: object) -> Iterator[None]:
         raise RetrievalKDError(f"{what}: FAISS failed: {structure.faiss_words(error)}") from error
 
 
-def _gathered(vectors: Vectors, chosen: np.ndarray, *, cosine: bool) -> np.ndarray:
-    """The rows ``chosen`` (ascending) as one array."""
-    sample = np.empty((len(chosen), vectors.matrix.shape[1]), dtype=np.float32)
-    for start in range(0, len(chosen), BATCH):
-        part = slice(start, start + BATCH)
-        sample[part] = _batch(vectors, chosen[part], cosine=cosine)
-        _release(vectors.matrix)
-    return sample
+def _gathered(vectors: Vectors, chosen: np.ndarray, work: Path, *, cosine: bool) -> np.ndarray:
+    """The rows ``chosen`` (ascending) as one array, in a file that is deleted when nothing refers to the array."""
+    with TemporaryFile(dir=work) as file:
+        for start in range(0, len(chosen), BATCH):
+            file.write(_batch(vectors, chosen[start : start + BATCH], cosine=cosine).data)
+            _release(vectors.matrix)
+        file.flush()
+        return np.memmap(file, dtype=np.float32, mode="r", shape=(len(chosen), vectors.matrix.shape[1]))
 
 
 def _batch(vectors: Vectors, rows: slice | np.ndarray, *, cosine: bool) -> np.ndarray:

@@ -56,7 +56,7 @@ class FaissIndex(Index):
         with threads(recipe.threads or (1 if structure.is_graph(index) else None)), faiss_errors(vectors.path):
             gpu = builder(index, recipe.factory, placement(recipe.device))
             sample = {"sample": recipe.train_sample, "seed": recipe.seed}
-            train(index, source.training or vectors, recipe.factory, **sample, cosine=cosine, gpu=gpu)
+            train(index, source.training or vectors, recipe.factory, draft.work, **sample, cosine=cosine, gpu=gpu)
             _fill(index, vectors, draft, recipe.rerank, cosine=cosine, gpu=gpu)
 
     def grow(self, source: Source, draft: Draft) -> None:

@@ -125,7 +125,7 @@ class LateInteractionIndex(Index):
             gpu = builder(index, recipe.factory, placement(recipe.device))
             training = Tokens.of_documents(source.training)
             sample = {"sample": recipe.train_sample, "seed": recipe.seed}
-            faiss_build.train(index, training, recipe.factory, **sample, cosine=False, gpu=gpu)
+            faiss_build.train(index, training, recipe.factory, draft.work, **sample, cosine=False, gpu=gpu)
             _write(index, tokens, recipe, draft, gpu=gpu)
 
     def grow(self, source: Source, draft: Draft) -> None:

@@ -163,7 +163,7 @@ def _by_faiss(
     index = _untrained(recipe, layout, vectors.dimension)
     structure.set_parameters(index, recipe.factory, recipe.search.of_faiss())
     structure.prepare_training(index, recipe.seed)
-    train(index, vectors, recipe.factory, sample=recipe.train_sample, seed=recipe.seed, cosine=cosine)
+    train(index, vectors, recipe.factory, work, sample=recipe.train_sample, seed=recipe.seed, cosine=cosine)
     faiss.write_index(index, str(empty))
     zeros = add(index, vectors, cosine=cosine)
     np.save(work / "zeros.npy", zeros)
