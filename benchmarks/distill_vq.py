@@ -26,16 +26,17 @@ from retrieval_kd.data.vectors import Vectors
 from retrieval_kd.indexes.build import build_index, estimate_index
 from retrieval_kd.measures import evaluate_run
 
+RECIPES = Path(__file__).resolve().parents[1] / "indexes"
 NPROBES = (1, 4, 16, 64)
 SWEEP: dict[str, list[dict[str, Any]]] = {
-    "temperature": [{"temperature": value} for value in (0.02, 0.05, 0.1, 0.3, 1.0)],
+    "temperature": [{"temperature": value} for value in (0.02, 0.05, 0.1, 0.2, 1.0)],
     "learning rate": [{"learning_rate": value} for value in (1e-4, 3e-4, 1e-3, 3e-3)],
     "reconstruction": [{"reconstruction": value} for value in (0.0, 3.0, 10.0, 30.0)],
-    "sampling": [{"documents": 5}, {"documents": 50}, {"top": 50}, {"top": 1000}],
+    "sampling": [{"documents": 5}, {"documents": 15, "top": 200}, {"top": 200}, {"documents": 29, "top": 30}],
     "queries from documents": [{"pseudo_share": 0.0}, {"pseudo_share": 0.8}, {"own_document": True}],
     "selection": [{"selection": "straight-through"}, {"selection": "fixed"}],
     "rotation": [{"rotation_learning_rate": value} for value in (1e-6, 1e-5, 1e-4)],
-    "map of queries": [{"query_learning_rate": value} for value in (1e-5, 1e-4)],
+    "map of queries": [{"query_learning_rate": value} for value in (0.0, 1e-4, 1e-3, 3e-3, 1e-2)],
     "loss": [{"loss": value} for value in ("kl", "reverse-kl", "margin-mse", "ranknet", "mse")],
 }
 
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--dataset", nargs="+", default=["pydocs", "scifact", "nfcorpus"])
     parser.add_argument("--bytes", nargs="+", type=int, default=[8, 16, 32, 48])
     parser.add_argument("--rq-bytes", nargs="+", type=int, default=[8, 16], help="sizes at which FAISS trains RQ")
+    parser.add_argument("--methods", default="", help="only methods whose name begins so")
     parser.add_argument("--lists", type=int, default=64)
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--epochs", type=int, default=None)
@@ -91,16 +93,22 @@ class _Data:
         self.indexes = folder / "indexes"
         self.exact = np.argsort(-(self.test.matrix @ self.documents.matrix.T), axis=1, kind="stable")[:, :10]
 
-    def build(self, recipe: dict[str, Any], *, learns: bool) -> tuple[Any, dict[str, Any]]:
-        """The index and what it cost."""
+    def build(self, factory: str, *, learns: bool, training: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The index and what it cost; one that learns is built by the shipped recipe of its kind of codes."""
         self.indexes.mkdir(parents=True, exist_ok=True)
+        recipe: dict[str, Any] = {"kind": "faiss", "factory": factory}
+        if learns:
+            shipped = RECIPES / ("distill-vq-rq.yaml" if "RQ" in factory else "distill-vq.yaml")
+            recipe = {"extends": str(shipped), "factory": factory, "training": training}
+        lists = "IVF" in factory
+        if lists:
+            recipe["search"] = {"nprobe": 16}
         path = self.indexes / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
         given: dict[str, Any] = {"vectors": self.documents, "queries": self.vectors["train"] if learns else None}
         cost = estimate_index(path, **given)
         began, processor = time.perf_counter(), time.process_time()
         index = build_index(path, **given, out=self.indexes / "index", force=True)
-        lists = "IVF" in recipe["factory"]
         return index, {
             "bytes": cost["bytes_per_document"] - (8 if lists else 0),
             "fixed_bytes": round(cost["bytes"] - cost["bytes_per_document"] * len(self.documents)),
@@ -124,18 +132,15 @@ class _Data:
 
 def _compared(data: _Data, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for method, factory, learns in _methods(arguments):
-        recipe: dict[str, Any] = {"kind": "distill-vq" if learns else "faiss", "factory": factory}
-        lists = "IVF" in factory
-        if lists:
-            recipe["search"] = {"nprobe": 16}
-        if learns and arguments.epochs is not None:
-            recipe["training"] = {"epochs": arguments.epochs}
-        index, cost = data.build(recipe, learns=learns)
+        if not method.startswith(arguments.methods):
+            continue
+        epochs = {} if arguments.epochs is None else {"epochs": arguments.epochs}
+        index, cost = data.build(factory, learns=learns, training=epochs)
         if learns:
             details = index.manifest.details
             cost["shipped_epoch"] = details["shipped_epoch"]
             cost["shipped_lists"] = details["shipped_lists"]
-        for nprobe in NPROBES if lists else (None,):
+        for nprobe in NPROBES if "IVF" in factory else (None,):
             if nprobe is not None:
                 index.set_search({"nprobe": nprobe})
             yield {"method": method, "factory": factory, "nprobe": nprobe, **cost, **data.measured(index)}
@@ -165,9 +170,7 @@ def _swept(data: _Data, arguments: argparse.Namespace) -> Iterator[dict[str, Any
             if "rotation_learning_rate" in keys and "OPQ" not in factory:
                 continue
             epochs = {} if arguments.epochs is None else {"epochs": arguments.epochs}
-            index, cost = data.build(
-                {"kind": "distill-vq", "factory": factory, "training": {**epochs, **keys}}, learns=True
-            )
+            index, cost = data.build(factory, learns=True, training={**epochs, **keys})
             details = index.manifest.details
             held_out = {name: round(details[name], 4) for name in ("overlap_before", "overlap_after")}
             yield {"factory": factory, "group": group, "changed": keys, **held_out, **cost}

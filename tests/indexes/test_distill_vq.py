@@ -372,7 +372,7 @@ def test_codes_that_are_added_go_on_from_those_of_the_epoch_before(
 
 
 def test_a_learned_rotation_stays_orthogonal(build: Build) -> None:
-    keys = {"learning_rate": 0.003, "reconstruction": 1.0, "rotation_learning_rate": 0.001}
+    keys = {"learning_rate": 0.003, "reconstruction": 1.0, "rotation_learning_rate": 0.001, "query_learning_rate": 0.0}
     index = build("OPQ4,PQ4x4", training=keys)
     assert index.manifest.details["shipped_epoch"] in (1, 2)
     stock = faiss.read_index(str(index.path / "index.faiss"))

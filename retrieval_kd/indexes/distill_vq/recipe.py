@@ -21,11 +21,11 @@ class Training(Section):
     """0 leaves what FAISS trained, refined where codebooks are added."""
     batch: int = Field(default=64, ge=1)
     """Queries a step."""
-    documents: int = Field(default=15, ge=1)
+    documents: int = Field(default=50, ge=1)
     """Documents drawn from a query's ``top`` beside its best one; those of the whole batch are compared."""
-    top: int = Field(default=200, ge=2)
+    top: int = Field(default=50, ge=2)
     loss: LossName = "listnet"
-    temperature: float = Field(default=0.05, gt=0)
+    temperature: float = Field(default=0.1, gt=0)
     """Divides the student's scores and the vectors' inner products."""
     score_temperature: float = Field(default=1.0, gt=0)
     """Divides the scores of score files."""
@@ -51,8 +51,9 @@ class Training(Section):
     centroid_learning_rate: float = Field(default=1e-3, gt=0)
     rotation_learning_rate: float = Field(default=0.0, ge=0)
     """Above 0 the OPQ rotation is learned too, and stays orthogonal."""
-    query_learning_rate: float = Field(default=0.0, ge=0)
-    """Above 0 a linear map of queries is learned too."""
+    query_learning_rate: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """Above 0 a linear map of queries is learned too, the first step of the FAISS index; ``auto``: 0.002 with OPQ, in
+    whose place it is, else 0."""
 
 
 class DistillVQRecipe(FaissRecipe):

@@ -32,7 +32,9 @@ class LearnedCodebooks(nn.Module):
         self.turn = None
         if rotation is not None and keys.rotation_learning_rate > 0:
             self.turn = nn.Parameter(torch.zeros(len(rotation), len(rotation)))
-        self.query_change = nn.Parameter(torch.zeros(dimension, dimension)) if keys.query_learning_rate > 0 else None
+        by_rotation = 0.0 if rotation is None else 2e-3
+        self.query_rate = by_rotation if keys.query_learning_rate == "auto" else keys.query_learning_rate
+        self.query_change = nn.Parameter(torch.zeros(dimension, dimension)) if self.query_rate > 0 else None
 
     def groups(self, keys: Training) -> list[dict[str, Any]]:
         """The parameters that learn, with their learning rates."""
@@ -40,7 +42,7 @@ class LearnedCodebooks(nn.Module):
             (self.words, keys.learning_rate),
             (self.centroids, keys.centroid_learning_rate),
             (self.turn, keys.rotation_learning_rate),
-            (self.query_change, keys.query_learning_rate),
+            (self.query_change, self.query_rate),
         )
         return [{"params": [value], "lr": rate, "rate": rate} for value, rate in rates if value is not None]
 
