@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from retrieval_kd import build_index, make_collection, search_run
-from retrieval_kd.artifact import software_versions
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.eval.efficiency import machine
 from retrieval_kd.models.encoder import quiet_loading
 from retrieval_kd.models.load import find_model
+from retrieval_kd.software import software_versions
 from retrieval_kd.teachers.base import Candidates, ScoringJob
 from retrieval_kd.teachers.cross_encoder import CrossEncoderTeacher
 

@@ -32,7 +32,12 @@ SWEEP: dict[str, list[dict[str, Any]]] = {
     "temperature": [{"temperature": value} for value in (0.02, 0.05, 0.1, 0.2, 1.0)],
     "learning rate": [{"learning_rate": value} for value in (1e-4, 3e-4, 1e-3, 3e-3)],
     "reconstruction": [{"reconstruction": value} for value in (0.0, 3.0, 10.0, 30.0)],
-    "sampling": [{"documents": 5}, {"documents": 15, "top": 200}, {"top": 200}, {"documents": 29, "top": 30}],
+    "sampling": [
+        {"documents": 5},
+        {"documents": 15, "top": 200},
+        {"documents": 50, "top": 50},
+        {"documents": 50, "top": 200},
+    ],
     "queries from documents": [{"pseudo_share": 0.0}, {"pseudo_share": 0.8}, {"own_document": True}],
     "selection": [{"selection": "straight-through"}, {"selection": "fixed"}],
     "rotation": [{"rotation_learning_rate": value} for value in (1e-6, 1e-5, 1e-4)],

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from retrieval_kd import Collection, Model, Report, run_pipeline
-from retrieval_kd.artifact import software_versions
 from retrieval_kd.eval.efficiency import machine
+from retrieval_kd.software import software_versions
 
 PIPELINE = "pipelines/domain-adaptation"
 

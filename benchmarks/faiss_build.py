@@ -84,8 +84,9 @@ def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _make_vectors(arguments: argparse.Namespace) -> None:
     """A vectors artifact, its matrix written in chunks."""
-    from retrieval_kd.artifact import InputRef, Plan
+    from retrieval_kd.artifact import InputRef
     from retrieval_kd.data.vector_writer import write_ids
+    from retrieval_kd.plan import Plan
 
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((10_000, arguments.dimension), dtype=np.float32)

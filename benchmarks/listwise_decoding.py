@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_kd.artifact import software_versions
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.data.sources import open_collection
 from retrieval_kd.eval.efficiency import machine
 from retrieval_kd.models.encoder import quiet_loading
+from retrieval_kd.software import software_versions
 from retrieval_kd.teachers.base import Candidates
 from retrieval_kd.teachers.llm_listwise import LLMListwiseTeacher
 

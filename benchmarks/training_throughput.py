@@ -127,7 +127,7 @@ def _same_groups(arguments: argparse.Namespace, collection: Any, scores: Path) -
 
 def _ours(arguments: argparse.Namespace, collection: Any, scores: Path, out: Path) -> float:
     """Seconds of `trainer.train()` of our driver."""
-    from retrieval_kd.artifact import Draft
+    from retrieval_kd.plan import Draft
     from retrieval_kd.students.dense import DenseStudent
     from retrieval_kd.students.inputs import TrainingInputs
 

@@ -1,4 +1,7 @@
-"""The command line: one short function a verb; what a verb needs is imported when it runs."""
+"""The command line: `demo` and `run`, the verbs of the other modules beside them, and what becomes of errors.
+
+A verb is one short function; what it needs is imported when it runs.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from retrieval_kd.errors import RetrievalKDError, UsageError
+from retrieval_kd.checks_cli import checks_app
+from retrieval_kd.collections_cli import collections_app
+from retrieval_kd.errors import RetrievalKDError
 from retrieval_kd.indexes_cli import indexes_app
-from retrieval_kd.options import (
-    Collection,
-    DryRun,
-    Force,
-    Json,
-    MaybeCollection,
-    MaybeModel,
-    Out,
-    Overrides,
-    Split,
-    Verbose,
-    by_name_of,
-)
-from retrieval_kd.output import make, print_json, print_rich, show_hits, show_made, show_plan
+from retrieval_kd.options import DryRun, Force, Json, Out, Overrides, Verbose, recipe_argument
+from retrieval_kd.output import show_made, show_plan
 from retrieval_kd.scores_cli import scores_app
 from retrieval_kd.students_cli import students_app
 
@@ -58,9 +51,8 @@ class _Verbs(TyperGroup):
 app = typer.Typer(
     cls=_Verbs, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
-app.add_typer(scores_app, name="scores")
-app.add_typer(students_app)
-app.add_typer(indexes_app)
+for verbs in (collections_app, indexes_app, scores_app, students_app, checks_app):
+    app.add_typer(verbs)
 
 
 @app.callback(invoke_without_command=True)
@@ -99,7 +91,7 @@ def demo(
 
 @app.command()
 def run(
-    pipeline: Annotated[str, typer.Argument(help="A pipeline recipe: a file, or the name of a shipped one.")],
+    pipeline: Annotated[str, recipe_argument("A pipeline recipe")],
     out: Out,
     overrides: Overrides = None,
     force: Force = False,
@@ -117,244 +109,6 @@ def run(
     if dry_run:
         return show_plan("pipelines", pipeline, overrides, estimate_pipeline(pipeline, overrides or ()), as_json)
     show_made(run_pipeline(pipeline, out, overrides or (), force=force), as_json)
-
-
-@app.command()
-def data(
-    source: Annotated[str, typer.Argument(help="pydocs, a BEIR folder, or irds:<ir_datasets id>.")],
-    out: Out,
-    sample: Annotated[
-        int | None, typer.Option("--sample", min=1, help="Keep this many documents, always the same ones.")
-    ] = None,
-    force: Force = False,
-    as_json: Json = False,
-    verbose: Verbose = None,
-) -> None:
-    """Make a collection artifact.
-
-    \b
-    Example: retrieval-kd data pydocs --out runs/pydocs
-    """
-    from retrieval_kd.data.sources import make_collection
-
-    make(out, lambda: make_collection(source, out, sample=sample, force=force), as_json)
-
-
-@app.command()
-def encode(
-    model: Annotated[str, typer.Argument(help="builtin, a model artifact, a directory or a hub name.")],
-    collection: Collection,
-    out: Out,
-    queries: Annotated[
-        str | None, typer.Option("--queries", metavar="SPLIT", help="Encode this split's queries, not documents.")
-    ] = None,
-    half: Annotated[
-        bool, typer.Option("--half", help="Keep token vectors as float16 (late-interaction models).")
-    ] = False,
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    verbose: Verbose = None,
-) -> None:
-    """Make the vectors of a collection's documents, or of a split's queries.
-
-    \b
-    Example: retrieval-kd encode builtin --collection pydocs --out runs/vectors
-    """
-    from retrieval_kd.models.encode import encode, estimate_encode
-
-    if dry_run:
-        return show_plan(None, model, None, estimate_encode(model, collection, queries=queries, half=half), as_json)
-    make(out, lambda: encode(model, collection, out, queries=queries, half=half, force=force), as_json)
-
-
-@app.command()
-def search(
-    index: Annotated[Path, typer.Argument(help="An index artifact.")],
-    query: Annotated[str | None, typer.Argument(help="One query; without it a whole split is searched.")] = None,
-    k: Annotated[int | None, typer.Option("-k", min=1, help="Hits a query; 10 for one query, 100 for a run.")] = None,
-    collection: MaybeCollection = None,
-    vectors: Annotated[
-        str | None, typer.Option(help="Vectors of the split's queries by the index's model, instead of encoding.")
-    ] = None,
-    model: MaybeModel = None,
-    split: Annotated[str | None, typer.Option("--split", metavar="S", help="The split whose queries to run.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="RUN", help="A run artifact, or a .trec file.")] = None,
-    parameters: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A search parameter, such as nprobe=64.")
-    ] = None,
-    filters: Annotated[
-        list[str] | None,
-        typer.Option("--filter", metavar="F", help="Hits with 'year >= 2020' or 'lang in en,de'; all given must hold."),
-    ] = None,
-    force: Force = False,
-    as_json: Json = False,
-    verbose: Verbose = None,
-) -> None:
-    """Search for one query, or write a split's whole run.
-
-    \b
-    Example: retrieval-kd search runs/bm25 "merge several sorted iterables" -k 5 --filter "module = heapq"
-    Example: retrieval-kd search runs/bm25 --collection pydocs --split test --out runs/bm25-test.trec
-    """
-    from retrieval_kd.recipe import apply_overrides
-
-    if query is not None and (split or out):
-        raise UsageError("search takes either a QUERY, or --collection, --split and --out for a whole run")
-    values = apply_overrides({}, parameters or (), "search")
-    if query is not None:
-        from retrieval_kd.search.searcher import Searcher
-
-        searcher = Searcher.load(index, model=model, collection=collection, search=values)
-        return show_hits(searcher.search(query, k or 10, filters=filters or ()), as_json)
-    if collection is None or split is None or out is None:
-        raise UsageError("search needs a QUERY, or --collection, --split and --out for a whole run")
-    from retrieval_kd.search.run import search_run
-
-    whole = (index, collection, split, out)
-    how: dict[str, Any] = {"model": model, "vectors": vectors, "search": values, "filters": filters or ()}
-    make(out, lambda: search_run(*whole, k=k or 100, **how, force=force), as_json)
-
-
-@app.command()
-def score(
-    recipe: Annotated[str, typer.Argument(help="A teacher recipe: a file, or the name of a shipped one.")],
-    collection: Collection,
-    candidates: Annotated[
-        list[str], typer.Option("--candidates", metavar="RUN", help="A run, or qrels:SPLIT; may be given many times.")
-    ],
-    out: Out,
-    vectors: Annotated[
-        list[Path] | None, typer.Option("--vectors", metavar="V", help="Vectors by the same model, not made again.")
-    ] = None,
-    shard: Annotated[
-        str | None, typer.Option("--shard", metavar="I/N", help="Score only this slice; `scores merge` joins them.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Worker processes, restarted if they die; one GPU each.")
-    ] = None,
-    reuse: Annotated[
-        list[Path] | None, typer.Option("--reuse", metavar="SCORES", help="The same teacher's scores, not made again.")
-    ] = None,
-    max_failed: Annotated[
-        int, typer.Option("--max-failed", min=0, help="Documents that may fail and be left out before the run stops.")
-    ] = 10,
-    overrides: Overrides = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    verbose: Verbose = None,
-) -> None:
-    """Let a teacher score candidates.
-
-    \b
-    Example: retrieval-kd score teachers/demo --collection pydocs --candidates runs/bm25-train --out runs/scores
-    Example: retrieval-kd score teachers/cross-encoder --collection C --candidates RUN --workers 4 --out runs/scores
-    """
-    from retrieval_kd.teachers.score import estimate_score, score
-
-    inputs: dict[str, Any] = {"collection": collection, "candidates": candidates, "overrides": overrides or ()}
-    if dry_run:
-        return show_plan("teachers", recipe, overrides, estimate_score(recipe, **inputs), as_json)
-    how: dict[str, Any] = {"vectors": vectors or (), "shard": shard, "workers": workers, "reuse": reuse or ()}
-    make(out, lambda: score(recipe, **inputs, **how, out=out, max_failed=max_failed, force=force), as_json)
-
-
-@app.command("eval")
-def evaluate(
-    collection: Collection,
-    split: Split,
-    out: Out,
-    recipe: Annotated[
-        str, typer.Argument(help="An evaluation recipe: a file, or the name of a shipped one.")
-    ] = "default",
-    indexes: Annotated[
-        list[str] | None, typer.Option("--index", metavar="[NAME=]DIR", help="An index; may be given many times.")
-    ] = None,
-    runs: Annotated[
-        list[str] | None, typer.Option("--run", metavar="[NAME=]RUN", help="A run; may be given many times.")
-    ] = None,
-    overrides: Overrides = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    verbose: Verbose = None,
-) -> None:
-    """Measure indexes and runs on a split, compare them with tests, and write a report.
-
-    \b
-    Example: retrieval-kd eval --collection pydocs --split test --index runs/bm25 --index mine=runs/ivf --out runs/eval
-    """
-    from retrieval_kd.eval.evaluate import evaluate
-    from retrieval_kd.eval.report import report_table
-
-    by_name = by_name_of("--index", indexes)
-    runs_by_name = by_name_of("--run", runs)
-    changes = overrides or ()
-    if dry_run:
-        cost = {"indexes to search": len(by_name), "runs to read": len(runs_by_name)}
-        return show_plan("eval", recipe, overrides, cost, as_json)
-    report = make(
-        out,
-        lambda: evaluate(
-            recipe,
-            collection=collection,
-            split=split,
-            out=out,
-            indexes=by_name,
-            runs=runs_by_name,
-            overrides=changes,
-            force=force,
-        ),
-        as_json,
-    )
-    if not as_json:
-        print_rich(report_table(report))
-
-
-@app.command()
-def check(
-    path: Annotated[Path, typer.Argument(help="Any artifact, or a TREC run file.")],
-    as_json: Json = False,
-    verbose: Verbose = None,
-) -> None:
-    """Verify an artifact: its checksums, the invariants of its kind, and whether its inputs are still found.
-
-    \b
-    Example: retrieval-kd check runs/demo/index
-    """
-    from retrieval_kd.verify import check, lost_inputs
-
-    problems = check(path)
-    lost = [] if problems else lost_inputs(path)
-    if as_json:
-        print_json({"path": str(path), "problems": problems, "lost_inputs": lost})
-    else:
-        for line in [f"problem: {text}" for text in problems] + [f"warning: {text}" for text in lost]:
-            typer.echo(line, err=True)
-        typer.echo(f"{path}: {f'{len(problems)} problems' if problems else 'all well'}")
-    if problems:
-        raise typer.Exit(4)
-
-
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """Say what this machine can do and which extras are missing.
-
-    \b
-    Example: retrieval-kd doctor
-    """
-    from retrieval_kd.doctor import examine, lines
-
-    found = examine()
-    if as_json:
-        print_json(found)
-    else:
-        typer.echo("\n".join(lines(found)))
-        for problem in found["problems"]:
-            typer.echo(f"problem: {problem}", err=True)
-    if found["problems"]:
-        raise typer.Exit(3)
 
 
 def main() -> None:

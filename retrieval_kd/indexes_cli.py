@@ -1,4 +1,4 @@
-"""The verbs of an index: `index` builds it, `update` changes it, `tune` finds its parameters, `decode` reads it."""
+"""The verbs of an index: `index` builds it, `update`, `tune`, `decode` and `search` take one that is there."""
 
 from __future__ import annotations
 
@@ -9,15 +9,27 @@ from typing import Annotated, Any, Literal
 import typer
 
 from retrieval_kd.errors import UsageError
-from retrieval_kd.options import DryRun, Force, Json, MaybeCollection, MaybeModel, Out, Overrides, Verbose
-from retrieval_kd.output import make, print_mapping, show_plan
+from retrieval_kd.options import (
+    DryRun,
+    Force,
+    IndexArtifact,
+    Json,
+    MaybeCollection,
+    MaybeModel,
+    Out,
+    Overrides,
+    TeacherScores,
+    Verbose,
+    recipe_argument,
+)
+from retrieval_kd.output import make, print_mapping, show_hits, show_plan
 
 indexes_app = typer.Typer()
 
 
 @indexes_app.command()
 def index(
-    recipe: Annotated[str, typer.Argument(help="An index recipe: a file, or the name of a shipped one.")],
+    recipe: Annotated[str, recipe_argument("An index recipe")],
     out: Out,
     collection: MaybeCollection = None,
     vectors: Annotated[Path | None, typer.Option("--vectors", metavar="V", help="The documents' vectors.")] = None,
@@ -25,12 +37,7 @@ def index(
     queries: Annotated[
         Path | None, typer.Option("--queries", metavar="QV", help="Vectors of queries, for an index that learns.")
     ] = None,
-    scores: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--scores", metavar="S", help="Teacher scores, for an index that learns; may be given many times."
-        ),
-    ] = None,
+    scores: TeacherScores = None,
     shards: Annotated[
         int | None, typer.Option("--shards", min=1, metavar="N", help="Build N pieces and search them as one.")
     ] = None,
@@ -57,12 +64,17 @@ def index(
 
 @indexes_app.command()
 def update(
-    index: Annotated[Path, typer.Argument(help="An index artifact.")],
+    index: IndexArtifact,
     action: Annotated[Literal["add", "delete", "compact"], typer.Argument(help="What is done to its documents.")],
     vectors: Annotated[
         Path | None, typer.Option("--vectors", metavar="V", help="add: the new documents' vectors, by the same model.")
     ] = None,
-    collection: MaybeCollection = None,
+    collection: Annotated[
+        str | None,
+        typer.Option(
+            "--collection", metavar="C", help="add: the new documents of an index of texts, or those of --vectors."
+        ),
+    ] = None,
     ids: Annotated[str | None, typer.Option("--ids", metavar="A,B", help="delete: the documents' ids.")] = None,
     ids_file: Annotated[
         Path | None, typer.Option("--ids-file", metavar="FILE", help="delete: a file with an id a line.")
@@ -77,6 +89,7 @@ def update(
 
     \b
     Example: retrieval-kd update runs/index add --vectors runs/new-vectors
+    Example: retrieval-kd update runs/bm25 add --collection runs/new --rebuild
     Example: retrieval-kd update runs/index delete --ids d17,d18
     Example: retrieval-kd update runs/index compact
     """
@@ -89,7 +102,7 @@ def update(
 
 @indexes_app.command()
 def tune(
-    index: Annotated[Path, typer.Argument(help="An index artifact.")],
+    index: IndexArtifact,
     queries: Annotated[Path, typer.Option("--queries", metavar="QV", help="Vectors of queries by the index's model.")],
     vectors: Annotated[
         Path | None, typer.Option("--vectors", metavar="V", help="The documents' vectors, if they were moved.")
@@ -128,6 +141,54 @@ def decode(
     from retrieval_kd.indexes.decode import decode_index
 
     make(out, lambda: decode_index(index, out, force=force), as_json)
+
+
+@indexes_app.command()
+def search(
+    index: IndexArtifact,
+    query: Annotated[str | None, typer.Argument(help="One query; without it a whole split is searched.")] = None,
+    k: Annotated[int | None, typer.Option("-k", min=1, help="Hits a query; 10 for one query, 100 for a run.")] = None,
+    collection: MaybeCollection = None,
+    vectors: Annotated[
+        str | None, typer.Option(help="Vectors of the split's queries by the index's model, instead of encoding.")
+    ] = None,
+    model: MaybeModel = None,
+    split: Annotated[str | None, typer.Option("--split", metavar="S", help="The split whose queries to run.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="RUN", help="A run artifact, or a .trec file.")] = None,
+    parameters: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A search parameter, such as nprobe=64.")
+    ] = None,
+    filters: Annotated[
+        list[str] | None,
+        typer.Option("--filter", metavar="F", help="Hits with 'year >= 2020' or 'lang in en,de'; all given must hold."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    verbose: Verbose = None,
+) -> None:
+    """Search for one query, or write a split's whole run.
+
+    \b
+    Example: retrieval-kd search runs/bm25 "merge several sorted iterables" -k 5 --filter "module = heapq"
+    Example: retrieval-kd search runs/bm25 --collection pydocs --split test --out runs/bm25-test.trec
+    """
+    from retrieval_kd.recipe import apply_overrides
+
+    if query is not None and (split or out):
+        raise UsageError("search takes either a QUERY, or --collection, --split and --out for a whole run")
+    values = apply_overrides({}, parameters or (), "search")
+    if query is not None:
+        from retrieval_kd.search.searcher import Searcher
+
+        searcher = Searcher.load(index, model=model, collection=collection, search=values)
+        return show_hits(searcher.search(query, k or 10, filters=filters or ()), as_json)
+    if collection is None or split is None or out is None:
+        raise UsageError("search needs a QUERY, or --collection, --split and --out for a whole run")
+    from retrieval_kd.search.run import search_run
+
+    whole = (index, collection, split, out)
+    how: dict[str, Any] = {"model": model, "vectors": vectors, "search": values, "filters": filters or ()}
+    make(out, lambda: search_run(*whole, k=k or 100, **how, force=force), as_json)
 
 
 def _ids(listed: str | None, file: Path | None) -> list[str]:

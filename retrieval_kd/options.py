@@ -1,10 +1,10 @@
-"""The options that several verbs share, so that each is named and explained in one way."""
+"""The options and arguments that several verbs share, so that each is named and explained in one way."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,10 +21,15 @@ def _log_level(verbose: bool | None) -> bool | None:
 _COLLECTION = typer.Option("--collection", metavar="C", help="A collection artifact, a BEIR folder, irds:ID or pydocs.")
 MODEL_NAMES = "A model artifact, a sentence-transformers directory, a hub name or builtin"
 
+IndexArtifact = Annotated[Path, typer.Argument(help="An index artifact.")]
 Collection = Annotated[str, _COLLECTION]
 MaybeCollection = Annotated[str | None, _COLLECTION]
 MaybeModel = Annotated[str | None, typer.Option("--model", metavar="M", help=f"{MODEL_NAMES}.")]
 Split = Annotated[str, typer.Option("--split", metavar="S", help="The split whose queries and qrels are used.")]
+TeacherScores = Annotated[
+    list[Path] | None,
+    typer.Option("--scores", metavar="S", help="Teacher scores to learn from; may be given many times."),
+]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the result goes.")]
 Overrides = Annotated[
     list[str] | None,
@@ -39,6 +44,11 @@ Verbose = Annotated[
     bool | None,
     typer.Option("-v/-q", "--verbose/--quiet", callback=_log_level, show_default=False, help="More or fewer messages."),
 ]
+
+
+def recipe_argument(what: str) -> Any:
+    """The argument that names a recipe; ``what`` begins its help ("A teacher recipe")."""
+    return typer.Argument(help=f"{what}: a file, or the name of a shipped one.")
 
 
 def by_name_of(option: str, given: list[str] | None) -> dict[str, Path]:

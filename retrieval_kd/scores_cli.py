@@ -1,23 +1,80 @@
-"""The verbs `scores show`, `merge`, `convert` and `ensemble` of the command line."""
+"""The verbs of scores: `score` makes them, `scores show`, `merge`, `convert` and `ensemble` take their files."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from retrieval_kd.data.score_kinds import SCORE_KINDS
-from retrieval_kd.options import Force, Json, MaybeCollection, Out, Overrides, Verbose, by_name_of
-from retrieval_kd.output import make, print_json
+from retrieval_kd.options import (
+    Collection,
+    DryRun,
+    Force,
+    Json,
+    MaybeCollection,
+    Out,
+    Overrides,
+    Verbose,
+    by_name_of,
+    recipe_argument,
+)
+from retrieval_kd.output import make, print_json, show_plan
 
-scores_app = typer.Typer(
+scores_app = typer.Typer()
+files_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Inspect, join, import, export and combine score files."
 )
+scores_app.add_typer(files_app, name="scores")
 
 
-@scores_app.command("show")
+@scores_app.command()
+def score(
+    recipe: Annotated[str, recipe_argument("A teacher recipe")],
+    collection: Collection,
+    candidates: Annotated[
+        list[str], typer.Option("--candidates", metavar="RUN", help="A run, or qrels:SPLIT; may be given many times.")
+    ],
+    out: Out,
+    vectors: Annotated[
+        list[Path] | None, typer.Option("--vectors", metavar="V", help="Vectors by the same model, not made again.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="Score only this slice; `scores merge` joins them.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Worker processes, restarted if they die; one GPU each.")
+    ] = None,
+    reuse: Annotated[
+        list[Path] | None, typer.Option("--reuse", metavar="SCORES", help="The same teacher's scores, not made again.")
+    ] = None,
+    max_failed: Annotated[
+        int, typer.Option("--max-failed", min=0, help="Documents that may fail and be left out before the run stops.")
+    ] = 10,
+    overrides: Overrides = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    verbose: Verbose = None,
+) -> None:
+    """Let a teacher score candidates.
+
+    \b
+    Example: retrieval-kd score teachers/demo --collection pydocs --candidates runs/bm25-train --out runs/scores
+    Example: retrieval-kd score teachers/cross-encoder --collection C --candidates RUN --workers 4 --out runs/scores
+    """
+    from retrieval_kd.teachers.score import estimate_score, score
+
+    inputs: dict[str, Any] = {"collection": collection, "candidates": candidates, "overrides": overrides or ()}
+    if dry_run:
+        return show_plan("teachers", recipe, overrides, estimate_score(recipe, **inputs), as_json)
+    how: dict[str, Any] = {"vectors": vectors or (), "shard": shard, "workers": workers, "reuse": reuse or ()}
+    make(out, lambda: score(recipe, **inputs, **how, out=out, max_failed=max_failed, force=force), as_json)
+
+
+@files_app.command("show")
 def show(
     scores: Annotated[Path, typer.Argument(help="A scores artifact.")],
     collection: MaybeCollection = None,
@@ -43,7 +100,7 @@ def show(
         typer.echo("\n".join(lines(found)))
 
 
-@scores_app.command("merge")
+@files_app.command("merge")
 def merge(
     scores: Annotated[list[Path], typer.Argument(help="Score files of one teacher: slices, or other candidates.")],
     out: Out,
@@ -61,7 +118,7 @@ def merge(
     make(out, lambda: merge_scores(scores, out, force=force), as_json)
 
 
-@scores_app.command("convert")
+@files_app.command("convert")
 def convert(
     source: Annotated[Path, typer.Argument(help="A score file, or a file in another layout (.gz is read too).")],
     from_format: Annotated[str, typer.Option("--from", metavar="FORMAT", help="The layout of the source.")],
@@ -122,9 +179,9 @@ def convert(
         typer.echo(f"{out}: {to_format} with {counts}")
 
 
-@scores_app.command("ensemble")
+@files_app.command("ensemble")
 def ensemble(
-    recipe: Annotated[str, typer.Argument(help="An ensemble recipe: a file, or the name of a shipped one.")],
+    recipe: Annotated[str, recipe_argument("An ensemble recipe")],
     scores: Annotated[list[str], typer.Argument(metavar="[NAME=]SCORES...", help="The score files to combine.")],
     out: Out,
     overrides: Overrides = None,

@@ -9,7 +9,19 @@ from typing import Annotated, Any
 import typer
 
 from retrieval_kd.errors import UsageError, did_you_mean
-from retrieval_kd.options import MODEL_NAMES, Collection, DryRun, Force, Json, MaybeCollection, Out, Overrides, Verbose
+from retrieval_kd.options import (
+    MODEL_NAMES,
+    Collection,
+    DryRun,
+    Force,
+    Json,
+    MaybeCollection,
+    Out,
+    Overrides,
+    TeacherScores,
+    Verbose,
+    recipe_argument,
+)
 from retrieval_kd.output import make, show_plan
 
 students_app = typer.Typer()
@@ -17,7 +29,7 @@ students_app = typer.Typer()
 
 @students_app.command()
 def queries(
-    recipe: Annotated[str, typer.Argument(help="A recipe for queries: a file, or the name of a shipped one.")],
+    recipe: Annotated[str, recipe_argument("A recipe for queries")],
     collection: Collection,
     out: Out,
     query_log: Annotated[
@@ -45,12 +57,10 @@ def queries(
 
 @students_app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A student recipe: a file, or the name of a shipped one.")],
+    recipe: Annotated[str, recipe_argument("A student recipe")],
     collection: Collection,
     out: Out,
-    scores: Annotated[
-        list[Path] | None, typer.Option("--scores", metavar="S", help="Teacher scores; may be given many times.")
-    ] = None,
+    scores: TeacherScores = None,
     candidates: Annotated[
         Path | None, typer.Option("--candidates", metavar="RUN", help="A run that negatives are drawn from.")
     ] = None,

@@ -12,9 +12,21 @@ from typing import Any
 
 import pytest
 
-from retrieval_kd import artifact
-from retrieval_kd.artifact import MANIFEST, Artifact, InputRef, Manifest, Plan, damaged_files, is_artifact, resolve
+from retrieval_kd.artifact import (
+    FORMATS,
+    MANIFEST,
+    OLDEST,
+    Artifact,
+    InputRef,
+    Manifest,
+    damaged_files,
+    is_artifact,
+    resolve,
+)
+from retrieval_kd.atomic import publish, write_atomically
 from retrieval_kd.errors import ArtifactError, OutputExistsError, UsageError
+from retrieval_kd.fingerprint import directory_fingerprint
+from retrieval_kd.plan import Plan
 from retrieval_kd.verify import check
 
 REPOSITORY = Path(__file__).parent.parent
@@ -60,14 +72,13 @@ def test_a_finished_artifact_says_what_it_holds(tmp_path: Path) -> None:
 
 def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    original = artifact.write_atomically
 
     def spy(path: Path, data: bytes) -> None:
         if path.name == MANIFEST:
             seen.append(sorted(entry.name for entry in path.parent.iterdir()))
-        original(path, data)
+        write_atomically(path, data)
 
-    monkeypatch.setattr(artifact, "write_atomically", spy)
+    monkeypatch.setattr("retrieval_kd.plan.write_atomically", spy)
     write(tmp_path / "out")
     assert seen == [[".lock", "data.txt", "plan.json"]]
 
@@ -115,10 +126,10 @@ def test_every_flipped_byte_of_the_manifest_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(artifact.FORMATS, "vectors", 2)
+    monkeypatch.setitem(FORMATS, "vectors", 2)
     with plan().write(tmp_path / "out"):
         pass
-    monkeypatch.setitem(artifact.FORMATS, "vectors", 1)
+    monkeypatch.setitem(FORMATS, "vectors", 1)
     with pytest.raises(ArtifactError, match="vectors format 2 is newer than this version reads; upgrade"):
         Vectors.load(tmp_path / "out")
 
@@ -330,7 +341,7 @@ def test_the_fingerprint_says_content_not_time(tmp_path: Path, monkeypatch: pyte
             return datetime(2031, 1, 1, tzinfo=UTC)
 
     first = write(tmp_path / "first")
-    monkeypatch.setattr(artifact, "datetime", Later)
+    monkeypatch.setattr("retrieval_kd.plan.datetime", Later)
     second = write(tmp_path / "second")
     assert second.manifest.created == "2031-01-01T00:00:00+00:00" != first.manifest.created
     assert second.fingerprint == first.fingerprint
@@ -378,9 +389,9 @@ def test_a_stock_directory_is_known_by_names_and_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name / "sub").mkdir(parents=True)
         (tmp_path / name / "sub" / "weights").write_text("hello")
-    assert artifact.directory_fingerprint(tmp_path / "a") == artifact.directory_fingerprint(tmp_path / "b")
+    assert directory_fingerprint(tmp_path / "a") == directory_fingerprint(tmp_path / "b")
     (tmp_path / "b" / "sub" / "weights").rename(tmp_path / "b" / "weights")
-    assert artifact.directory_fingerprint(tmp_path / "a") != artifact.directory_fingerprint(tmp_path / "b")
+    assert directory_fingerprint(tmp_path / "a") != directory_fingerprint(tmp_path / "b")
 
 
 def test_a_crash_between_sealing_and_renaming_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,7 +402,7 @@ def test_a_crash_between_sealing_and_renaming_loses_nothing(tmp_path: Path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(artifact, "_publish", crashes)
+        patch.setattr("retrieval_kd.plan.publish", crashes)
         write(out, resumable=True)
     assert not out.exists() and is_artifact(tmp_path / "out.partial")
     assert plan().finished(out)
@@ -404,7 +415,7 @@ def test_a_crash_while_sealing_keeps_the_work_folder(tmp_path: Path, monkeypatch
     def crashes(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifact, "file_sha256", crashes)
+    monkeypatch.setattr("retrieval_kd.plan.file_sha256", crashes)
     with pytest.raises(KeyboardInterrupt), plan().write(tmp_path / "out", resumable=True) as draft:
         (draft.path / "data.txt").write_text("hello")
         (draft.work / "encoded").write_text("hours of work")
@@ -413,14 +424,14 @@ def test_a_crash_while_sealing_keeps_the_work_folder(tmp_path: Path, monkeypatch
 
 def test_the_draft_is_locked_until_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process that comes in between neither empties the draft nor does the work again."""
-    out, publish = tmp_path / "out", artifact._publish
+    out = tmp_path / "out"
 
     def another_process_comes(partial: Path, final: Path) -> None:
         found = in_a_child(f"write(Path({str(out)!r}), resumable=True)")
         assert "another process is writing it" in found.stderr
         publish(partial, final)
 
-    monkeypatch.setattr(artifact, "_publish", another_process_comes)
+    monkeypatch.setattr("retrieval_kd.plan.publish", another_process_comes)
     write(out, resumable=True)
     with pytest.raises(OutputExistsError, match="another process has finished it meanwhile"):
         write(out, resumable=True)
@@ -429,6 +440,6 @@ def test_the_draft_is_locked_until_it_is_renamed(tmp_path: Path, monkeypatch: py
 
 def test_a_format_that_is_not_read_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "out")
-    monkeypatch.setitem(artifact.OLDEST, "vectors", 2)
+    monkeypatch.setitem(OLDEST, "vectors", 2)
     with pytest.raises(ArtifactError, match="vectors format 1 is older than this version reads; make it again"):
         Vectors.load(tmp_path / "out")

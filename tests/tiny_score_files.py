@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_kd.artifact import Plan
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.data.score_formats.convert import convert_scores
 from retrieval_kd.data.score_formats.export import Written
 from retrieval_kd.data.scores import Scores, write_shard
+from retrieval_kd.plan import Plan
 
 Rows = Sequence[tuple[str, Sequence[str], Sequence[float]]]
 

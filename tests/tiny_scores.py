@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_kd.artifact import InputRef, Plan
+from retrieval_kd.artifact import InputRef
 from retrieval_kd.data.score_writer import ShardWriter, write_failed
 from retrieval_kd.data.scores import ScoredQuery, Scores, total_counts
+from retrieval_kd.plan import Plan
 
 Row = tuple[str, list[str], list[float], list[int] | None]
 """Query, documents, scores, tokens lost."""

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from retrieval_kd.artifact import InputRef, file_sha256
+from retrieval_kd.artifact import InputRef
 from retrieval_kd.data.collection_writer import Source, SourceDocument, SourceQrel, SourceQuery
 from retrieval_kd.errors import DataError, InputError
+from retrieval_kd.fingerprint import file_sha256
 
 _OWN_KEYS = ("_id", "title", "text")
 _SCORE_HEADERS = ("score", "relevance", "label")

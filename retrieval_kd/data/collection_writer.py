@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from retrieval_kd.artifact import Draft, InputRef, Plan
+from retrieval_kd.artifact import InputRef
 from retrieval_kd.data.collection import ALL, QREL_COLUMNS, Collection, id_hash, model_text
 from retrieval_kd.errors import DataError, UsageError, first
+from retrieval_kd.plan import Draft, Plan
 
 BATCH_ROWS = 4096
 BATCH_CHARACTERS = 64 << 20

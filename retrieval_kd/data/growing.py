@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_kd.artifact import write_atomically
+from retrieval_kd.atomic import write_atomically
 from retrieval_kd.errors import ArtifactError
 
 

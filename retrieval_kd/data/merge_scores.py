@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_kd.artifact import InputRef, Plan, locate_input
+from retrieval_kd.artifact import InputRef, locate_input
 from retrieval_kd.data.score_rows import ScoreRows
 from retrieval_kd.data.score_writer import ShardWriter, write_failed
 from retrieval_kd.data.scores import (
@@ -25,6 +25,7 @@ from retrieval_kd.data.scores import (
     total_counts,
 )
 from retrieval_kd.errors import ArtifactError, UsageError, first
+from retrieval_kd.plan import Plan
 
 _SLICE = "slice"
 _SHARED: tuple[str, ...] = ("collection", "model")

@@ -15,10 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from retrieval_kd.artifact import InputRef, file_sha256
+from retrieval_kd.artifact import InputRef
 from retrieval_kd.data.collection import id_hash, model_text
 from retrieval_kd.data.collection_writer import Source, SourceDocument, SourceQrel, SourceQuery
 from retrieval_kd.errors import RetrievalKDError
+from retrieval_kd.fingerprint import file_sha256
 
 READER = Path(__file__).with_name("pydocs_reader.py")
 TIMEOUT_SECONDS = 300

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_kd.artifact import Artifact, InputRef, Manifest, Plan, file_sha256, is_artifact, resolve
+from retrieval_kd.artifact import Artifact, InputRef, Manifest, is_artifact, resolve
 from retrieval_kd.data.trec import read_trec_run, write_trec_run
 from retrieval_kd.errors import DataError, OutputExistsError, UsageError
+from retrieval_kd.fingerprint import file_sha256
+from retrieval_kd.plan import Plan
 
 TREC_SUFFIX = ".trec"
 COLUMNS = ("query_id", "doc_id", "score", "rank")

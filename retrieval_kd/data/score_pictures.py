@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from retrieval_kd.artifact import write_atomically
+from retrieval_kd.atomic import write_atomically
 from retrieval_kd.errors import UsageError
 
 _STYLE = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_kd.artifact import write_atomically
+from retrieval_kd.atomic import write_atomically
 from retrieval_kd.data.scores import FAILED, ScoredQuery, shard_name, write_shard
 
 PAIRS_PER_SHARD = 8192

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from retrieval_kd.artifact import Artifact, write_atomically
+from retrieval_kd.artifact import Artifact
+from retrieval_kd.atomic import write_atomically
 from retrieval_kd.errors import ArtifactError, RetrievalKDError, first
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from retrieval_kd.artifact import Draft
 from retrieval_kd.data.collection import ALL, Collection
 from retrieval_kd.data.collection_writer import write_qrels, write_queries
 from retrieval_kd.data.query_origins import QueryOrigin, write_origins
 from retrieval_kd.errors import DataError, InputError, first
+from retrieval_kd.plan import Draft
 
 _DOCUMENT_FILES = ("documents.arrow", "lookup.npy")
 _DOCUMENT_COUNTS = ("documents", "empty_documents", "duplicate_texts", "repeated_qrels")

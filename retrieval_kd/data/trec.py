@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from retrieval_kd.artifact import write_atomically
+from retrieval_kd.atomic import write_atomically
 from retrieval_kd.errors import DataError, InputError, OutputExistsError, first
 
 TAG = "retrieval-kd"

@@ -9,9 +9,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from retrieval_kd.artifact import InputRef, Plan
+from retrieval_kd.artifact import InputRef
 from retrieval_kd.data.vectors import VOCABULARY, Vectors
 from retrieval_kd.errors import UsageError
+from retrieval_kd.plan import Plan
 
 
 def write_vectors(

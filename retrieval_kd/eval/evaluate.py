@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from retrieval_kd.artifact import InputRef, Manifest, Plan, is_artifact, resolve, software_versions
+from retrieval_kd.artifact import InputRef, Manifest, is_artifact, resolve
 from retrieval_kd.errors import ArtifactError, DataError, InputError, RecipeError, UsageError, did_you_mean, first
 from retrieval_kd.eval.report import Report, write_report
 from retrieval_kd.eval.schema import EvaluationRecipe
 from retrieval_kd.indexes.base import input_names
 from retrieval_kd.measures import about, evaluate_run
+from retrieval_kd.plan import Plan
 from retrieval_kd.progress import progress
 from retrieval_kd.recipe import Recipe, load_recipe
 from retrieval_kd.registry import implementation
+from retrieval_kd.software import software_versions
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection

@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrieval_kd.artifact import Artifact, write_atomically
+from retrieval_kd.artifact import Artifact
+from retrieval_kd.atomic import write_atomically
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 import numpy as np
 from pydantic import Field
 
-from retrieval_kd.artifact import Artifact, Draft, published_path
-from retrieval_kd.errors import ArtifactError, DataError, UsageError
+from retrieval_kd.artifact import Artifact, published_path
+from retrieval_kd.errors import ArtifactError, DataError
+from retrieval_kd.plan import Draft
 from retrieval_kd.recipe import Recipe, Section, validate
 from retrieval_kd.registry import implementation
 
@@ -98,7 +99,7 @@ class Index(Artifact):
     kind = "index"
 
     Recipe: ClassVar[type[IndexRecipe]] = IndexRecipe
-    takes: ClassVar[str] = ""
+    takes: str = ""
     """What a query is: ``text`` (a string), or the layout of its vectors: ``dense``, ``sparse``, ``multi-vector``."""
     learns_from: ClassVar[frozenset[str]] = frozenset()
     """What a build may be given beside vectors: ``queries`` (their vectors) and ``scores`` (score files)."""
@@ -133,7 +134,8 @@ class Index(Artifact):
         index.open(index.recipe, index.search_parameters(index.recipe, given))
         # Opened now: an update may take this generation away while it is read.
         _ = index.ids, index.rank, index.attributes, index.live
-        return index  # type: ignore[no-any-return]
+        opened: Self = index
+        return opened
 
     @classmethod
     def without_engine(cls, path: str | Path, *, verify: bool = True) -> Index:
@@ -160,8 +162,9 @@ class Index(Artifact):
         type(self).build(self.recipe, source, draft)
 
     @classmethod
-    def join(cls, segments: Sequence[Any]) -> None:
-        """Tells opened segments of one another, where scores depend on all documents."""
+    def join(cls, segments: Sequence[Any], whole: Index) -> Index | None:
+        """What searches all opened segments of ``whole`` at once; here None: each is searched, and the hits merged."""
+        return None
 
     @classmethod
     def estimate(cls, recipe: Any, source: Collection | Shape) -> tuple[float, int]:
@@ -315,48 +318,3 @@ def descending_rank(ids: Any) -> np.ndarray:
     rank = np.empty(len(order), dtype=np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
     return rank
-
-
-def ordered(scores: np.ndarray, rows: np.ndarray, rank: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best ``k`` of one query's candidates, score descending then id descending, padded with -inf and -1."""
-    best = np.lexsort((rank[rows], -scores))[:k]
-    top_scores = np.full(k, -np.inf, dtype=np.float32)
-    top_rows = np.full(k, -1, dtype=np.int64)
-    top_scores[: len(best)] = scores[best]
-    top_rows[: len(best)] = rows[best]
-    return top_scores, top_rows
-
-
-def best_positive(
-    scores: np.ndarray, rank: np.ndarray, k: int, allowed: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The best ``k`` of one query's scores [documents], those above 0 and allowed only, as `ordered` gives them."""
-    found = np.flatnonzero(scores > 0 if allowed is None else (scores > 0) & allowed)
-    if len(found) > k:
-        positive = scores[found]
-        boundary = np.partition(positive, len(positive) - k)[len(positive) - k]
-        found = found[positive >= boundary]  # a tie at the k-th hit is whole before it is ordered
-    return ordered(scores[found], found, rank, k)
-
-
-def merged(
-    scores: np.ndarray, rows: np.ndarray, more_scores: np.ndarray, more_rows: np.ndarray, rank: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The best k of two lists of k hits a query [Q, k] each, score descending then id descending."""
-    scores, rows = np.concatenate([scores, more_scores], axis=1), np.concatenate([rows, more_rows], axis=1)
-    order = np.lexsort((np.where(rows < 0, len(rank), rank[rows]), -scores))[:, : more_rows.shape[1]]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
-
-
-def check_allowed(allowed: np.ndarray | None, documents: int) -> None:
-    """Raises `UsageError` unless ``allowed`` is None or says of each row whether it may be a hit."""
-    if allowed is not None and (allowed.dtype != bool or allowed.shape != (documents,)):
-        raise UsageError(
-            f"allowed is an array of {documents} booleans, one a row (got {allowed.dtype} {list(allowed.shape)})"
-        )
-
-
-def check_k(k: int) -> None:
-    """Raises `UsageError` unless ``k`` is a positive number of hits."""
-    if k < 1:
-        raise UsageError(f"k is the number of hits wanted and at least 1 (got {k})")

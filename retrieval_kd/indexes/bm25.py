@@ -11,19 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from retrieval_kd.artifact import Draft
 from retrieval_kd.data.analyzer import Analyzer, StemmerName, StopWords
 from retrieval_kd.errors import InputError, UsageError
-from retrieval_kd.indexes.base import (
-    Index,
-    IndexRecipe,
-    Shape,
-    Source,
-    best_positive,
-    check_allowed,
-    check_k,
-    write_rows,
-)
+from retrieval_kd.indexes.base import Index, IndexRecipe, Shape, Source, write_rows
+from retrieval_kd.indexes.hits import best_positive, no_hits
+from retrieval_kd.plan import Draft
 from retrieval_kd.progress import progress
 
 if TYPE_CHECKING:
@@ -56,7 +48,7 @@ class BM25Index(Index):
     """
 
     Recipe = BM25Recipe
-    takes: ClassVar[str] = "text"
+    takes = "text"
     growable: ClassVar[bool] = False
 
     @classmethod
@@ -85,24 +77,21 @@ class BM25Index(Index):
     @classmethod
     def _write(cls, recipe: BM25Recipe, collection: Collection, draft: Draft, whole: _Statistics | None) -> None:
         import bm25s
-        from scipy.sparse import csr_array
 
         documents = collection.documents
         vocabulary = {} if whole is None else whole.vocabulary
-        analyzer = Analyzer(recipe.stemmer, recipe.stop_words)
-        terms, lengths = _terms_of(documents, vocabulary, analyzer)
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        ones = np.ones(len(terms), dtype=np.float32)
-        matrix = csr_array((ones, np.frombuffer(terms, dtype=np.int32), starts), shape=(len(lengths), len(vocabulary)))
-        matrix.sum_duplicates()
-        by_term = matrix.tocsc()
+        by_term, lengths = _postings(documents, vocabulary, Analyzer(recipe.stemmer, recipe.stop_words))
         if whole is None:
-            whole = _Statistics(vocabulary, np.diff(by_term.indptr), len(lengths), len(terms))
+            whole = _Statistics(vocabulary, np.diff(by_term.indptr), len(lengths), int(lengths.sum()))
         if not whole.length:
             raise InputError(f"{collection.path}: none of the {whole.documents} documents has a term to index")
         engine = bm25s.BM25(k1=recipe.k1, b=recipe.b, method="lucene", backend="numpy", csc_backend="numpy")
-        weights = {"data": _weights(by_term, lengths, whole, recipe), "num_docs": len(lengths)}
-        engine.scores = {**weights, "indices": by_term.indices, "indptr": by_term.indptr}
+        engine.scores = {
+            "data": _weights(by_term, lengths, whole, recipe),
+            "indices": by_term.indices.astype(np.int32, copy=False),
+            "indptr": by_term.indptr.astype(np.int64, copy=False),
+            "num_docs": len(lengths),
+        }
         engine.vocab_dict, engine.nonoccurrence_array = vocabulary, None
         engine.save(draft.path)
         draft.counts["documents"] = write_rows(draft.path, documents.ids)
@@ -137,13 +126,10 @@ class BM25Index(Index):
         self, queries: Sequence[str], k: int, allowed: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores [Q, k] and rows [Q, k] of the texts; a query without a known term has no hit."""
-        check_k(k)
-        check_allowed(allowed, len(self))
         if isinstance(queries, str):
             raise UsageError("search takes a list of query texts (got one string)")
         analyzer = Analyzer(self._recipe.stemmer, self._recipe.stop_words)
-        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
-        rows = np.full((len(queries), k), -1, dtype=np.int64)
+        scores, rows = no_hits(len(queries), len(self), k, allowed)
         for place, query in enumerate(queries):
             known = [self._vocabulary[term] for term in analyzer.terms(query) if term in self._vocabulary]
             if known:
@@ -178,8 +164,13 @@ def _collection(source: Source) -> Collection:
     return source.collection
 
 
-def _terms_of(documents: Documents, vocabulary: dict[str, int], analyzer: Analyzer) -> tuple[array[int], np.ndarray]:
-    """The numbers of all documents' terms one after another, and how many each has; new terms get a number."""
+def _postings(documents: Documents, vocabulary: dict[str, int], analyzer: Analyzer) -> tuple[Any, np.ndarray]:
+    """A ``csc_array`` [documents, terms] of term frequencies, and how many terms each document has.
+
+    New terms get a number in the vocabulary.
+    """
+    from scipy.sparse import csr_array
+
     terms = array("i")
     lengths = np.zeros(len(documents), dtype=np.int64)
     with progress(f"indexing {len(documents):,} documents", len(documents)) as advance:
@@ -188,7 +179,12 @@ def _terms_of(documents: Documents, vocabulary: dict[str, int], analyzer: Analyz
             terms.extend(vocabulary.setdefault(term, len(vocabulary)) for term in analyzer.terms(text))
             lengths[row] = len(terms) - before
             advance(1)
-    return terms, lengths
+    # scipy makes all numbers as wide as the widest.
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32 if len(terms) < 2**31 else np.int64)
+    ones = np.ones(len(terms), dtype=np.float32)
+    matrix = csr_array((ones, np.frombuffer(terms, dtype=np.int32), starts), shape=(len(lengths), len(vocabulary)))
+    matrix.sum_duplicates()
+    return matrix.tocsc(), lengths
 
 
 def _counted(collection: Collection, analyzer: Analyzer) -> _Statistics:

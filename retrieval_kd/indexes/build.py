@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrieval_kd.artifact import Plan
 from retrieval_kd.errors import OutputExistsError
 from retrieval_kd.indexes.base import UPDATED_FROM, Index, IndexRecipe, Shape
 from retrieval_kd.indexes.inputs import (
@@ -19,6 +18,7 @@ from retrieval_kd.indexes.inputs import (
     with_collection,
 )
 from retrieval_kd.indexes.segments import check_shards, write_index
+from retrieval_kd.plan import Plan
 from retrieval_kd.recipe import load_recipe
 from retrieval_kd.registry import implementation
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrieval_kd.artifact import Plan
 from retrieval_kd.errors import UsageError
 from retrieval_kd.indexes import faiss_structure as structure
 from retrieval_kd.indexes.base import Index
@@ -20,6 +19,7 @@ from retrieval_kd.indexes.faiss_package import import_faiss
 from retrieval_kd.indexes.faiss_recipe import FaissRecipe
 from retrieval_kd.indexes.inputs import recorded
 from retrieval_kd.indexes.segments import Segments
+from retrieval_kd.plan import Plan
 from retrieval_kd.progress import progress
 
 if TYPE_CHECKING:

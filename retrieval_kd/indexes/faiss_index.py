@@ -7,20 +7,21 @@ import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrieval_kd.artifact import Draft
 from retrieval_kd.errors import ArtifactError, InputError, RecipeError, RetrievalKDError, UsageError, first
 from retrieval_kd.indexes import faiss_structure as structure
-from retrieval_kd.indexes.base import Index, Shape, Source, check_allowed, check_k, write_rows
+from retrieval_kd.indexes.base import Index, Shape, Source, write_rows
 from retrieval_kd.indexes.faiss_build import BATCH, add, faiss_errors, normalised, threads, train
 from retrieval_kd.indexes.faiss_device import CagraGraph, builder, placement, to_cpu, to_gpus
 from retrieval_kd.indexes.faiss_package import import_faiss
 from retrieval_kd.indexes.faiss_recipe import FaissRecipe, FaissSearch, Rerank
 from retrieval_kd.indexes.faiss_search import NativeSearch, in_order, padded
+from retrieval_kd.indexes.hits import check_allowed, check_k
 from retrieval_kd.indexes.stored_vectors import StoredVectors, StoredVectorsWriter, stored_bytes
+from retrieval_kd.plan import Draft
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
@@ -37,7 +38,7 @@ class FaissIndex(Index):
     """Maximum inner product search by any index of FAISS (Douze et al., The Faiss library, 2024)."""
 
     Recipe = FaissRecipe
-    takes: ClassVar[str] = "dense"
+    takes = "dense"
 
     @classmethod
     def build(cls, recipe: FaissRecipe, source: Source, draft: Draft) -> None:

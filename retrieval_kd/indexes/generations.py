@@ -17,10 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from retrieval_kd.artifact import CURRENT, MANIFEST, Draft, Manifest, Plan, resolve, write_atomically
+from retrieval_kd.artifact import CURRENT, MANIFEST, Manifest, resolve
+from retrieval_kd.atomic import write_atomically
 from retrieval_kd.errors import ArtifactError, RetrievalKDError
 from retrieval_kd.indexes.attributes import ATTRIBUTES
 from retrieval_kd.indexes.base import SEGMENTS, Index
+from retrieval_kd.plan import Draft, Plan
 
 log = logging.getLogger("retrieval_kd")
 

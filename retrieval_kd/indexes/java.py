@@ -9,35 +9,57 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from retrieval_kd.errors import MissingExtraError, RetrievalKDError
 
 log = logging.getLogger("retrieval_kd")
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 OLDEST = 21
 """The oldest Java that the jar runs on."""
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
 def java_class(name: str) -> Any:
     """A class of Java or of Anserini's jar, such as ``org.apache.lucene.index.IndexWriter``.
 
+    All objects of a class share one method object, which pyjnius points at the object that it is read from: work out
+    a call's arguments before it, for Java may let another thread in.
     Raises `MissingExtraError` when pyserini is not installed or no Java is found, `RetrievalKDError` when another
     package has started a Java without the jar.
     """
-    return _started()(name)
+    with _lock:
+        return _start()(name)
 
 
 def java_cast(name: str, value: Any) -> Any:
     """``value`` as class ``name``: pyjnius finds an overloaded method by the classes that its arguments seem to be."""
-    _started()
+    with _lock:
+        _start()
     import jnius
 
     return jnius.cast(name, value)
+
+
+def in_turn(function: Callable[P, T]) -> Callable[P, T]:
+    """``function``, which one thread at a time runs.
+
+    pyjnius reads a class when a call first gives an object of it, and two threads that do so at once get broken
+    classes, or end the process.
+    """
+
+    @wraps(function)
+    def turn(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _lock:
+            return function(*args, **kwargs)
+
+    return turn
 
 
 def leave_java_with_thread() -> None:
@@ -107,11 +129,6 @@ def _jar() -> Path:
     if not jars:
         raise MissingExtraError("Lucene comes with the package 'pyserini', which is not installed", "lucene")
     return jars[0]
-
-
-def _started() -> Callable[[str], Any]:
-    with _lock:
-        return _start()
 
 
 @cache

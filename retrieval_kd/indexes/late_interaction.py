@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from retrieval_kd.artifact import Draft
 from retrieval_kd.errors import UsageError
 from retrieval_kd.indexes import faiss_build
 from retrieval_kd.indexes import faiss_structure as structure
-from retrieval_kd.indexes.base import Index, IndexRecipe, Shape, Source, check_allowed, check_k, ordered, write_rows
+from retrieval_kd.indexes.base import Index, IndexRecipe, Shape, Source, write_rows
 from retrieval_kd.indexes.distill_vq.recipe import DistillVQRecipe, Training
 from retrieval_kd.indexes.faiss_device import DEVICE, CagraGraph, builder, placement, to_cpu, to_gpus
 from retrieval_kd.indexes.faiss_package import import_faiss
 from retrieval_kd.indexes.faiss_search import NativeSearch
+from retrieval_kd.indexes.hits import no_hits, ordered
 from retrieval_kd.indexes.late_interaction_scoring import (
     Read,
     best_and_ties,
@@ -26,6 +26,7 @@ from retrieval_kd.indexes.late_interaction_scoring import (
 )
 from retrieval_kd.indexes.late_interaction_tokens import Tokens
 from retrieval_kd.indexes.stored_vectors import Precision, StoredVectors, StoredVectorsWriter, stored_bytes
+from retrieval_kd.plan import Draft
 from retrieval_kd.recipe import Section
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class LateInteractionIndex(Index):
     """
 
     Recipe = LateInteractionRecipe
-    takes: ClassVar[str] = "multi-vector"
+    takes = "multi-vector"
     learns_from: ClassVar[frozenset[str]] = frozenset({"queries"})
     recipe: LateInteractionRecipe
 
@@ -182,11 +183,8 @@ class LateInteractionIndex(Index):
         With ``allowed``, only tokens of these documents are retrieved. A query without tokens has no hit. Raises
         `UsageError` for queries of another dimension or with NaN or infinite values.
         """
-        check_k(k)
-        check_allowed(allowed, len(self))
         check_queries(queries, self.dimension)
-        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
-        rows = np.full((len(queries), k), -1, dtype=np.int64)
+        scores, rows = no_hits(len(queries), len(self), k, allowed)
         for place, found, sums in self._found(queries, k, allowed):
             query = queries[place]
             if self._read is not None:

@@ -6,17 +6,18 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from retrieval_kd.artifact import Draft
 from retrieval_kd.errors import InputError, RecipeError, UsageError, did_you_mean
-from retrieval_kd.indexes.base import IndexRecipe, Shape, Source, check_allowed, check_k
-from retrieval_kd.indexes.java import java_class
-from retrieval_kd.indexes.lucene_index import CONTENTS, LuceneIndex, share_statistics
+from retrieval_kd.indexes.base import IndexRecipe, Shape, Source
+from retrieval_kd.indexes.hits import no_hits
+from retrieval_kd.indexes.java import in_turn, java_class
+from retrieval_kd.indexes.lucene_index import CONTENTS, LuceneIndex
 from retrieval_kd.indexes.sparse_source import check_sparse_queries, document_weights, query_terms
+from retrieval_kd.plan import Draft
 from retrieval_kd.recipe import Section
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class LuceneBM25Index(LuceneIndex):
     """
 
     Recipe = LuceneBM25Recipe
-    takes: ClassVar[str] = "text"
+    takes = "text"
 
     @classmethod
     def similarity(cls, search: LuceneSearch) -> Any:
@@ -83,11 +84,6 @@ class LuceneBM25Index(LuceneIndex):
         draft.details["metric"] = "bm25"
 
     @classmethod
-    def join(cls, segments: Sequence[LuceneBM25Index]) -> None:
-        """Document frequencies and the average length become those of all segments together."""
-        share_statistics(segments)
-
-    @classmethod
     def estimate(cls, recipe: LuceneBM25Recipe, source: Collection | Shape) -> tuple[float, int]:
         """Bytes a document: about 2.4 for each distinct term, measured on the first thousand documents."""
         if isinstance(source, Shape):
@@ -98,6 +94,7 @@ class LuceneBM25Index(LuceneIndex):
         distinct = sum(len(set(terms(analyzer, text))) for text in source.documents.iter_texts(0, sample))
         return 2.4 * distinct / max(sample, 1), 0
 
+    @in_turn
     def open(self, recipe: LuceneBM25Recipe, search: LuceneSearch) -> None:
         """Opens Lucene's files and the recipe's analyzer."""
         super().open(recipe, search)
@@ -112,15 +109,12 @@ class LuceneBM25Index(LuceneIndex):
         self, queries: Sequence[str], k: int, allowed: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores [Q, k] and rows [Q, k] of the texts; a query without a known term has no hit."""
-        check_k(k)
-        check_allowed(allowed, len(self))
         if isinstance(queries, str):
             raise UsageError("search takes a list of query texts (got one string)")
-        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
-        rows = np.full((len(queries), k), -1, dtype=np.int64)
+        scores, rows = no_hits(len(queries), len(self), k, allowed)
         for place, query in enumerate(queries):
-            found = self.hits(self._generator.buildQuery(CONTENTS, self._analyzer, query), k, allowed)
-            scores[place, : len(found[0])], rows[place, : len(found[1])] = found
+            parsed = self._generator.buildQuery(CONTENTS, self._analyzer, query)
+            scores[place], rows[place] = self.hits(parsed, k, allowed)
         return scores, rows
 
 
@@ -142,7 +136,7 @@ class LuceneImpactIndex(LuceneIndex):
     """
 
     Recipe = LuceneImpactRecipe
-    takes: ClassVar[str] = "sparse"
+    takes = "sparse"
 
     @classmethod
     def similarity(cls, search: Any) -> Any:
@@ -190,6 +184,7 @@ class LuceneImpactIndex(LuceneIndex):
             raise UsageError("a lucene-impact index is built from vectors")
         return 2.5 * source.entries, 0
 
+    @in_turn
     def open(self, recipe: LuceneImpactRecipe, search: Any) -> None:
         """Opens Lucene's files."""
         super().open(recipe, search)
@@ -208,17 +203,15 @@ class LuceneImpactIndex(LuceneIndex):
 
         Raises `UsageError` for queries of another vocabulary, with NaN or infinite weights, or with weights below 0.
         """
-        check_k(k)
-        check_allowed(allowed, len(self))
         check_sparse_queries(queries, self.dimension)
         if (queries.data < 0).any():
             raise UsageError("queries have weights below 0, which Lucene cannot add up; use a sparse-exact index")
-        scores = np.full((queries.shape[0], k), -np.inf, dtype=np.float32)
-        rows = np.full((queries.shape[0], k), -1, dtype=np.int64)
+        scores, rows = no_hits(queries.shape[0], len(self), k, allowed)
         for place in range(queries.shape[0]):
             terms, weights = query_terms(queries, place, cosine=self._cosine)
             given = dict(zip(map(str, terms.tolist()), weights.tolist(), strict=True))
-            query = self._generator.buildQuery(CONTENTS, self._weights.readValue(json.dumps(given)))
+            weighted = self._weights.readValue(json.dumps(given))
+            query = self._generator.buildQuery(CONTENTS, weighted)
             sums, found = self.hits(query, k, allowed)
             above = int(np.count_nonzero(sums > 0))  # Lucene finds documents by terms of weight 0 too
             scores[place, :above], rows[place, :above] = sums[:above] / self._scale, found[:above]
@@ -239,6 +232,7 @@ def _check_terms(collection: Collection, recipe: LuceneBM25Recipe) -> None:
         raise InputError(f"{collection.path}: none of the {len(documents)} documents has a term to index")
 
 
+@in_turn
 def _analyzer(recipe: LuceneBM25Recipe) -> Any:
     """Anserini's analyzer of the recipe; `RecipeError` for a language that it has none for."""
     if recipe.language == "en":
@@ -257,6 +251,7 @@ def _analyzer(recipe: LuceneBM25Recipe) -> Any:
     return languages.getLanguageSpecificAnalyzer(recipe.language)
 
 
+@in_turn
 def _impact_analyzer() -> Any:
     """Splits at spaces; a term's frequency is what follows its ``|``."""
     none = java_class("java.util.HashMap")

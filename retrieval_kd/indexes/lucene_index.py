@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from retrieval_kd.artifact import Draft
 from retrieval_kd.errors import ArtifactError, DataError, RetrievalKDError, first
 from retrieval_kd.indexes.base import Index, arrow_ids, write_rows
-from retrieval_kd.indexes.java import java_cast, java_class, leave_java_with_thread
+from retrieval_kd.indexes.hits import ordered
+from retrieval_kd.indexes.java import in_turn, java_cast, java_class, leave_java_with_thread
+from retrieval_kd.plan import Draft
 from retrieval_kd.progress import progress
 
 log = logging.getLogger("retrieval_kd")
@@ -28,6 +30,8 @@ _BUFFER_MB = 64.0
 _BATCH = 1024
 _LONGEST_ID = 32766
 """Bytes of a term."""
+_TIES = 8
+"""Hits that are read beside those wanted where Lucene does not order ties."""
 
 
 class LuceneIndex(Index):
@@ -62,6 +66,7 @@ class LuceneIndex(Index):
         reader.close()
         draft.details["lucene"] = _version()
 
+    @in_turn
     def open(self, recipe: Any, search: Any) -> None:
         """Opens Lucene's files, which it memory-maps."""
         leave_java_with_thread()
@@ -70,48 +75,56 @@ class LuceneIndex(Index):
             log.warning(
                 "%s: built with Lucene %s, %s is installed; build again if hits differ", self.path, built, _version()
             )
-        self._order = _order(self.rank)
+        self._order, self._ties_in_order = _order(self.rank), True
         with _errors_of(self.path, ArtifactError):
             self._reader = _read(self.path / _FOLDER)
         # Java never lets go of what it has mapped; an old generation's files would stay on the disk.
         weakref.finalize(self, _close, self._reader).atexit = False
-        self._searcher = java_class("org.apache.lucene.search.IndexSearcher")(self._reader)
         self._similarity = self.similarity(search)
-        self._searcher.setSimilarity(self._similarity)
-        self._part: Any = None
+        self._searcher = _searcher(self._reader, self._similarity)
         self._generator = java_class("io.anserini.search.query.BagOfWordsQueryGenerator")()
         self._json = java_class("com.fasterxml.jackson.databind.ObjectMapper")()
+        for result in ("Query", "TopDocs"):  # read now: searches do not take turns
+            java_class(f"org.apache.lucene.search.{result}")
+
+    @classmethod
+    @in_turn
+    def join(cls, segments: Sequence[Self], whole: Index) -> Self:
+        """All segments as Lucene's own: one search reads them, by document frequencies and lengths of all together."""
+        joint = copy.copy(segments[0])
+        joint.path, joint.manifest, joint.rank = whole.path, whole.manifest, whole.rank
+        starts = np.cumsum([0, *(len(segment) for segment in segments[:-1])])
+        orders = [segment._order + start for segment, start in zip(segments, starts.tolist(), strict=True)]
+        joint._order, joint._ties_in_order = np.concatenate(orders), len(segments) == 1
+        readers = [segment._reader for segment in segments]
+        reader = java_class("org.apache.lucene.index.MultiReader")(readers, True)
+        joint._searcher = _searcher(java_cast("org.apache.lucene.index.IndexReader", reader), joint._similarity)
+        return joint
 
     def hits(self, query: Any, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """At most ``k`` scores and rows of Lucene's query, in the fixed order; more are read until k are allowed."""
+        """The best ``k`` scores and rows of Lucene's query, padded with -inf and -1.
+
+        More are read until k are allowed and none that is left could tie with them.
+        """
         leave_java_with_thread()
         share = 1.0 if allowed is None else np.count_nonzero(allowed) / len(self)
-        if not share:
-            return np.empty(0, np.float32), np.empty(0, np.int64)
-        wanted = int(k / share)
-        while True:
+        wanted = 0 if not share else int(k / share) + (0 if self._ties_in_order else _TIES)
+        scores, rows = np.empty(0, np.float32), np.empty(0, np.int64)
+        while wanted:
             wanted = min(wanted, len(self))
-            top = self._searcher.search(query, wanted) if self._part is None else self._of_part(query, wanted)
+            top = self._searcher.search(query, wanted)
             # As JSON, many hits cross from Java in one call.
             found = json.loads(self._json.writeValueAsString(top))["scoreDocs"]
             scores = np.array([hit["score"] for hit in found], dtype=np.float32)
-            places = np.array([hit["doc"] for hit in found], dtype=np.int64)
-            rows = self._order[places - (0 if self._part is None else self._part.docBase)].astype(np.int64)
+            rows = self._order[np.array([hit["doc"] for hit in found], dtype=np.int64)].astype(np.int64)
+            all_found = len(found) < wanted or wanted == len(self)
+            least = scores.min(initial=np.inf)
             if allowed is not None:
                 scores, rows = scores[allowed[rows]], rows[allowed[rows]]
-            if len(rows) >= k or len(found) < wanted or wanted == len(self):
-                return scores[:k], rows[:k]
+            if all_found or (len(rows) >= k and (self._ties_in_order or scores[k - 1] > least)):
+                break
             wanted *= 4
-
-    def _of_part(self, query: Any, k: int) -> Any:
-        """Lucene's best ``k`` of this segment, with the statistics of all that the searcher has."""
-        modes = java_class("org.apache.lucene.search.ScoreMode")
-        weight = self._searcher.createWeight(self._searcher.rewrite(query), modes.TOP_SCORES, 1.0)
-        scorer = weight.bulkScorer(self._part)
-        collector = java_class("org.apache.lucene.search.TopScoreDocCollector").create(k, k)
-        if scorer is not None:
-            scorer.score(collector.getLeafCollector(self._part), None)
-        return collector.topDocs()
+        return ordered(scores, rows, self.rank, k)
 
     def problems(self) -> list[str]:
         """Broken rows, or another number of documents in Lucene."""
@@ -119,17 +132,6 @@ class LuceneIndex(Index):
         if self._reader.numDocs() != len(self):
             found.append(f"{len(self)} documents but Lucene has {self._reader.numDocs()}")
         return found
-
-
-def share_statistics(segments: Sequence[LuceneIndex]) -> None:
-    """Makes each segment count terms and lengths over the documents of all, as Lucene does over its own segments."""
-    reader = java_class("org.apache.lucene.index.MultiReader")([segment._reader for segment in segments], True)
-    searcher = java_class("org.apache.lucene.search.IndexSearcher")(
-        java_cast("org.apache.lucene.index.IndexReader", reader)
-    )
-    searcher.setSimilarity(segments[0]._similarity)
-    for number, segment in enumerate(segments):
-        segment._searcher, segment._part = searcher, reader.leaves().get(number)
 
 
 def _check_ids(ids: Any) -> None:
@@ -164,18 +166,9 @@ def _fields(ids: Any, text: Callable[[int], str], order: np.ndarray) -> Iterator
 
 def _write(folder: Path, documents: Iterable[tuple[str, str]], total: int, analyzer: Any, similarity: Any) -> None:
     """Writes documents as one piece of Lucene's, numbered as they come."""
-    config = java_class("org.apache.lucene.index.IndexWriterConfig")(analyzer)
-    config.setSimilarity(similarity)
-    config.setRAMBufferSizeMB(_BUFFER_MB)
-    config.setMergePolicy(java_class("org.apache.lucene.index.LogDocMergePolicy")())
-    config.setMergeScheduler(java_class("org.apache.lucene.index.SerialMergeScheduler")())
-    directory = _directory(folder)
-    writer = java_class("org.apache.lucene.index.IndexWriter")(directory, config)
+    directory, writer = _open_writer(folder, analyzer, similarity)
     try:
-        document = java_class("org.apache.lucene.document.Document")()
-        fields = _new_fields()
-        for field in fields:
-            document.add(field)
+        document, fields = _new_document()
         with progress(f"indexing {total:,} documents", total) as advance:
             for doc_id, text in documents:
                 fields[0].setStringValue(doc_id)
@@ -190,25 +183,50 @@ def _write(folder: Path, documents: Iterable[tuple[str, str]], total: int, analy
     (folder / "write.lock").unlink()
 
 
-def _new_fields() -> tuple[Any, Any, Any]:
-    """The id, the id again (pyserini orders ties by it), and the content: terms and their frequencies."""
+@in_turn
+def _open_writer(folder: Path, analyzer: Any, similarity: Any) -> tuple[Any, Any]:
+    config = java_class("org.apache.lucene.index.IndexWriterConfig")(analyzer)
+    config.setSimilarity(similarity)
+    config.setRAMBufferSizeMB(_BUFFER_MB)
+    neighbours = java_class("org.apache.lucene.index.LogDocMergePolicy")()
+    config.setMergePolicy(neighbours)
+    at_once = java_class("org.apache.lucene.index.SerialMergeScheduler")()
+    config.setMergeScheduler(at_once)
+    directory = _directory(folder)
+    return directory, java_class("org.apache.lucene.index.IndexWriter")(directory, config)
+
+
+@in_turn
+def _new_document() -> tuple[Any, list[Any]]:
+    """A document and its fields: the id, the id again (pyserini orders ties by it), and terms and their frequencies."""
     stored = java_class("org.apache.lucene.document.Field$Store").YES
     kind = java_class("org.apache.lucene.document.FieldType")()
     kind.setIndexOptions(java_class("org.apache.lucene.index.IndexOptions").DOCS_AND_FREQS)
     kind.setTokenized(True)
     empty = java_cast("java.lang.CharSequence", java_class("java.lang.String")(""))
-    return (
+    document = java_class("org.apache.lucene.document.Document")()
+    fields = [
         java_class("org.apache.lucene.document.StringField")(_ID, "", stored),
         java_class("org.apache.lucene.document.BinaryDocValuesField")(
             _ID, java_class("org.apache.lucene.util.BytesRef")()
         ),
         java_class("org.apache.lucene.document.Field")(CONTENTS, empty, kind),
-    )
+    ]
+    for field in fields:
+        document.add(field)
+    return document, fields
 
 
+@in_turn
 def _read(folder: Path) -> Any:
     reader = java_class("org.apache.lucene.index.DirectoryReader").open(_directory(folder))
     return java_cast("org.apache.lucene.index.IndexReader", reader)
+
+
+def _searcher(reader: Any, similarity: Any) -> Any:
+    searcher = java_class("org.apache.lucene.search.IndexSearcher")(reader)
+    searcher.setSimilarity(similarity)
+    return searcher
 
 
 def _close(reader: Any) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from retrieval_kd.artifact import Draft
 from retrieval_kd.errors import InputError, UsageError
-from retrieval_kd.indexes.base import Index, IndexRecipe, Shape, Source, check_allowed, check_k, ordered, write_rows
+from retrieval_kd.indexes.base import Index, IndexRecipe, Shape, Source, write_rows
+from retrieval_kd.indexes.hits import no_hits, ordered
 from retrieval_kd.indexes.late_interaction_scoring import check_queries
+from retrieval_kd.plan import Draft
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
@@ -35,7 +36,7 @@ class MaxSimExactIndex(Index):
     """
 
     Recipe = MaxSimExactRecipe
-    takes: ClassVar[str] = "multi-vector"
+    takes = "multi-vector"
 
     @classmethod
     def build(cls, recipe: MaxSimExactRecipe, source: Source, draft: Draft) -> None:
@@ -97,10 +98,7 @@ class MaxSimExactIndex(Index):
         rounded to float32: a score is the same in any company. A query without tokens has no hit. Raises `UsageError`
         for queries of another dimension or with NaN or infinite values.
         """
-        check_k(k)
-        check_allowed(allowed, len(self))
-        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
-        rows = np.full((len(queries), k), -1, dtype=np.int64)
+        scores, rows = no_hits(len(queries), len(self), k, allowed)
         check_queries(queries, self.dimension)
         asked = [place for place, query in enumerate(queries) if len(query)]
         for group in _groups(asked, [len(query) for query in queries], len(self._rows)):

@@ -14,21 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_kd.artifact import WORK, Draft, Manifest, Plan
+from retrieval_kd.artifact import Manifest
 from retrieval_kd.errors import UsageError
 from retrieval_kd.indexes.attributes import ATTRIBUTES, attributes_of, write_attributes
-from retrieval_kd.indexes.base import (
-    DELETED,
-    SEGMENTS,
-    UPDATED_FROM,
-    Index,
-    IndexRecipe,
-    Source,
-    check_allowed,
-    check_k,
-    merged,
-    write_rows,
-)
+from retrieval_kd.indexes.base import DELETED, SEGMENTS, UPDATED_FROM, Index, IndexRecipe, Source, write_rows
+from retrieval_kd.indexes.hits import merged, no_hits
+from retrieval_kd.plan import WORK, Draft, Plan
 from retrieval_kd.progress import progress
 
 log = logging.getLogger("retrieval_kd")
@@ -42,14 +33,14 @@ class Segments(Index):
     def __init__(self, path: Path, manifest: Manifest, engine: type[Index]) -> None:
         super().__init__(path, manifest)
         self.engine = engine
-        self.takes = engine.takes  # type: ignore[misc]
+        self.takes = engine.takes
 
     def open(self, recipe: Any, search: Any) -> None:
         """Opens every segment; the generation's checksums cover them."""
         names = self.manifest.details[SEGMENTS]
         self.segments = [Index.load(self.path / name, verify=False, search=self.search_values) for name in names]
         self._starts = np.cumsum([0, *(len(segment) for segment in self.segments)]).tolist()
-        self.engine.join(self.segments)
+        self._joint = self.engine.join(self.segments, self)
 
     @property
     def exact(self) -> bool:
@@ -62,14 +53,13 @@ class Segments(Index):
         return int(self.manifest.details["dimension"])
 
     def search(self, queries: Any, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Scores [Q, k] and rows [Q, k]: the hits of each segment in turn, merged with the best so far."""
-        check_k(k)
-        check_allowed(allowed, len(self))
+        """Scores [Q, k] and rows [Q, k]: hits of all at once where the engine can, else of each in turn, merged."""
+        number = queries.shape[0] if hasattr(queries, "shape") else len(queries)
+        scores, rows = no_hits(number, len(self), k, allowed)
         if self.live is not None:
             allowed = self.live if allowed is None else allowed & self.live
-        number = queries.shape[0] if hasattr(queries, "shape") else len(queries)
-        scores = np.full((number, k), -np.inf, dtype=np.float32)
-        rows = np.full((number, k), -1, dtype=np.int64)
+        if self._joint is not None:
+            return self._joint.search(queries, k, allowed)
         for segment, (start, stop) in zip(self.segments, pairwise(self._starts), strict=True):
             part = None if allowed is None or allowed[start:stop].all() else allowed[start:stop]
             if part is not None and not part.any():
@@ -148,6 +138,8 @@ def write_segment(draft: Draft, number: int, recipe: IndexRecipe, source: Source
             else:
                 first.grow(source, part)
             finish_details(part, began)
+    for left in ("plan.json", ".lock"):  # by a kill right after it was published
+        (place / left).unlink(missing_ok=True)
     return Index.without_engine(place, verify=False)
 
 

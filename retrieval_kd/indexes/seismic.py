@@ -8,24 +8,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from retrieval_kd.artifact import Draft
 from retrieval_kd.errors import ArtifactError, InputError, MissingExtraError, UsageError
-from retrieval_kd.indexes.base import (
-    Index,
-    IndexRecipe,
-    Shape,
-    Source,
-    check_allowed,
-    check_k,
-    ordered,
-    write_rows,
-)
+from retrieval_kd.indexes.base import Index, IndexRecipe, Shape, Source, write_rows
+from retrieval_kd.indexes.hits import no_hits, ordered
 from retrieval_kd.indexes.sparse_source import check_sparse_queries, document_weights, query_terms
+from retrieval_kd.plan import Draft
 from retrieval_kd.progress import progress
 from retrieval_kd.recipe import Section
 
@@ -82,7 +74,7 @@ class SeismicIndex(Index):
     """
 
     Recipe = SeismicRecipe
-    takes: ClassVar[str] = "sparse"
+    takes = "sparse"
 
     @classmethod
     def build(cls, recipe: SeismicRecipe, source: Source, draft: Draft) -> None:
@@ -154,11 +146,8 @@ class SeismicIndex(Index):
         search is widened until ``k`` of them are found. Raises `UsageError` for queries of another vocabulary or with
         NaN or infinite weights.
         """
-        check_k(k)
-        check_allowed(allowed, len(self))
         check_sparse_queries(queries, self.dimension)
-        scores = np.full((queries.shape[0], k), -np.inf, dtype=np.float32)
-        rows = np.full((queries.shape[0], k), -1, dtype=np.int64)
+        scores, rows = no_hits(queries.shape[0], len(self), k, allowed)
         few = None if allowed is None else np.flatnonzero(allowed)
         for place in range(queries.shape[0]):
             terms, weights = query_terms(queries, place, cosine=self._cosine)

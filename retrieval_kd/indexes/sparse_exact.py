@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from retrieval_kd.artifact import Draft
 from retrieval_kd.data.vectors import sparse_rows
 from retrieval_kd.errors import UsageError
-from retrieval_kd.indexes.base import (
-    Index,
-    IndexRecipe,
-    Shape,
-    Source,
-    best_positive,
-    check_allowed,
-    check_k,
-    write_rows,
-)
+from retrieval_kd.indexes.base import Index, IndexRecipe, Shape, Source, write_rows
+from retrieval_kd.indexes.hits import best_positive, no_hits
 from retrieval_kd.indexes.sparse_source import check_sparse_queries, document_weights, query_terms
+from retrieval_kd.plan import Draft
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
@@ -41,7 +33,7 @@ class SparseExactIndex(Index):
     """
 
     Recipe = SparseExactRecipe
-    takes: ClassVar[str] = "sparse"
+    takes = "sparse"
 
     @classmethod
     def build(cls, recipe: SparseExactRecipe, source: Source, draft: Draft) -> None:
@@ -91,11 +83,8 @@ class SparseExactIndex(Index):
         Scores are float64 sums rounded to float32. Raises `UsageError` for queries of another vocabulary or with NaN
         or infinite weights.
         """
-        check_k(k)
-        check_allowed(allowed, len(self))
         check_sparse_queries(queries, self.dimension)
-        scores = np.full((queries.shape[0], k), -np.inf, dtype=np.float32)
-        rows = np.full((queries.shape[0], k), -1, dtype=np.int64)
+        scores, rows = no_hits(queries.shape[0], len(self), k, allowed)
         for place in range(queries.shape[0]):
             of_all = self._dot_products(*query_terms(queries, place, cosine=self._cosine))
             scores[place], rows[place] = best_positive(of_all, self.rank, k, allowed)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrieval_kd.artifact import Manifest, published_path, write_atomically
+from retrieval_kd.artifact import Manifest, published_path
+from retrieval_kd.atomic import write_atomically
 from retrieval_kd.errors import ArtifactError, InputError, RetrievalKDError, UsageError
 from retrieval_kd.indexes import faiss_structure as structure
 from retrieval_kd.indexes.base import Index, input_names

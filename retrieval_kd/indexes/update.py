@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from retrieval_kd.artifact import Draft, InputRef, Plan
+from retrieval_kd.artifact import InputRef
 from retrieval_kd.errors import ArtifactError, InputError, UsageError, did_you_mean, first
 from retrieval_kd.indexes.attributes import ATTRIBUTES, attributes_of, joined, write_attributes
 from retrieval_kd.indexes.base import (
@@ -42,6 +42,7 @@ from retrieval_kd.indexes.segments import (
     write_index,
     write_segment,
 )
+from retrieval_kd.plan import Draft, Plan
 from retrieval_kd.registry import implementation
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrieval_kd.artifact import Draft, Plan
 from retrieval_kd.errors import InputError, RetrievalKDError, UsageError
 from retrieval_kd.models.encoders import TextEncoder, open_encoder
 from retrieval_kd.models.vectors_of_texts import Encoded, SparseVectors
+from retrieval_kd.plan import Draft, Plan
 from retrieval_kd.progress import progress
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrieval_kd.artifact import Plan, write_atomically
+from retrieval_kd.atomic import write_atomically
 from retrieval_kd.errors import RetrievalKDError, UsageError
 from retrieval_kd.models.export_graphs import GraphWriter
 from retrieval_kd.models.export_reference import TorchCrossEncoder, TorchEncoder, bare, open_reference
@@ -27,6 +27,7 @@ from retrieval_kd.models.parity import (
     search,
     tolerance_of,
 )
+from retrieval_kd.plan import Plan
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retrieval_kd.artifact import Artifact, InputRef, directory_fingerprint, is_artifact, resolve
+from retrieval_kd.artifact import Artifact, InputRef, is_artifact, resolve
 from retrieval_kd.errors import ArtifactError, InputError, MissingExtraError
+from retrieval_kd.fingerprint import directory_fingerprint
 
 SETTINGS = "retrieval_kd.json"
 BUILTIN = "builtin"

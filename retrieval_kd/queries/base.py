@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from retrieval_kd.artifact import InputRef, write_atomically
+from retrieval_kd.artifact import InputRef
+from retrieval_kd.atomic import write_atomically
 from retrieval_kd.data.collection import ALL, Document
 from retrieval_kd.errors import UsageError
 from retrieval_kd.progress import progress

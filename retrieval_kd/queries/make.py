@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrieval_kd.artifact import Plan
 from retrieval_kd.data.query_origins import QueryOrigin
 from retrieval_kd.errors import DataError, UsageError
+from retrieval_kd.plan import Plan
 from retrieval_kd.queries.base import DocumentQueryMaker, QueriesRecipe, QueryMaker
 from retrieval_kd.recipe import load_recipe
 from retrieval_kd.registry import implementation

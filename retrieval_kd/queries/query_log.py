@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from retrieval_kd.artifact import InputRef, file_sha256
+from retrieval_kd.artifact import InputRef
 from retrieval_kd.data.score_formats.lines import blocks
 from retrieval_kd.errors import DataError, InputError, UsageError
+from retrieval_kd.fingerprint import file_sha256
 from retrieval_kd.queries.base import QueriesRecipe, QueryMaker, RawQuery
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrieval_kd.artifact import Plan
 from retrieval_kd.errors import ArtifactError, InputError, UsageError, first
 from retrieval_kd.models.load import find_model
+from retrieval_kd.plan import Plan
 from retrieval_kd.progress import progress
 from retrieval_kd.search.searcher import Searcher, check_collection, hits_of
 

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
     from torch import Tensor, nn
 
-    from retrieval_kd.artifact import Draft, InputRef
+    from retrieval_kd.artifact import InputRef
     from retrieval_kd.data.collection import Documents
     from retrieval_kd.losses.objective import Outputs
+    from retrieval_kd.plan import Draft
     from retrieval_kd.students.groups import TrainingQuery
     from retrieval_kd.students.inputs import TrainingInputs
     from retrieval_kd.students.objective import Objective

@@ -21,8 +21,8 @@ from retrieval_kd.students.base import Development, Fitted, Student, StudentReci
 from retrieval_kd.students.sampling import Groups
 
 if TYPE_CHECKING:
-    from retrieval_kd.artifact import Draft
     from retrieval_kd.data.collection import Documents
+    from retrieval_kd.plan import Draft
     from retrieval_kd.students.development import PoolEvaluator
     from retrieval_kd.students.groups import TrainingQuery
     from retrieval_kd.students.inputs import TrainingInputs

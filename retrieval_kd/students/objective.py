@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from retrieval_kd.artifact import write_atomically
+from retrieval_kd.atomic import write_atomically
 from retrieval_kd.errors import RetrievalKDError, UsageError, first
 from retrieval_kd.losses.objective import WeightedLosses
 

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
     from torch import Tensor
 
-    from retrieval_kd.artifact import Draft, InputRef
+    from retrieval_kd.artifact import InputRef
     from retrieval_kd.data.collection import Documents
     from retrieval_kd.losses.objective import Outputs
+    from retrieval_kd.plan import Draft
     from retrieval_kd.students.collate import TeacherVectors
     from retrieval_kd.students.groups import TrainingQuery
     from retrieval_kd.students.inputs import TrainingInputs

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
     from torch import Tensor, nn
 
-    from retrieval_kd.artifact import Draft
     from retrieval_kd.models.load import ModelSource
+    from retrieval_kd.plan import Draft
     from retrieval_kd.students.base import Fitted
     from retrieval_kd.students.inputs import TrainingInputs
     from retrieval_kd.students.objective import Objective

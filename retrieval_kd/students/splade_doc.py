@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from retrieval_kd.artifact import InputRef, file_sha256
+from retrieval_kd.artifact import InputRef
 from retrieval_kd.errors import InputError
+from retrieval_kd.fingerprint import file_sha256
 from retrieval_kd.students.splade import SparseRecipe, SparseStudent
 
 if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
     from torch import Tensor
 
-    from retrieval_kd.artifact import Draft
+    from retrieval_kd.plan import Draft
     from retrieval_kd.students.base import Fitted
     from retrieval_kd.students.inputs import TrainingInputs
     from retrieval_kd.students.objective import Objective

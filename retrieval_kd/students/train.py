@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrieval_kd.artifact import Draft, Plan, unfinished, write_atomically
+from retrieval_kd.atomic import unfinished, write_atomically
 from retrieval_kd.errors import UsageError
 from retrieval_kd.models.load import SETTINGS, Model
+from retrieval_kd.plan import Draft, Plan
 from retrieval_kd.recipe import load_recipe
 from retrieval_kd.registry import implementation
 from retrieval_kd.students.base import Fitted, Student, StudentRecipe

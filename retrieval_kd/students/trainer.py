@@ -26,7 +26,7 @@ from retrieval_kd.students.objective import STATE, DivergedError, LossModule, Ob
 from retrieval_kd.students.visits import Gaps, Reweighting, measured_apart, planned_visits, visit_order
 
 if TYPE_CHECKING:
-    from retrieval_kd.artifact import Draft
+    from retrieval_kd.plan import Draft
     from retrieval_kd.students.base import StudentRecipe, TrainerStudent
     from retrieval_kd.students.collate import TeacherVectors
     from retrieval_kd.students.development import PoolEvaluator

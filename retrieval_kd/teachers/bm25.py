@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from retrieval_kd.artifact import InputRef, write_atomically
+from retrieval_kd.artifact import InputRef
+from retrieval_kd.atomic import write_atomically
 from retrieval_kd.data.analyzer import Analyzer, StemmerName, StopWords
 from retrieval_kd.errors import InputError
 from retrieval_kd.progress import progress

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from retrieval_kd.artifact import InputRef, Manifest, file_sha256, is_artifact, resolve
+from retrieval_kd.artifact import InputRef, Manifest, is_artifact, resolve
 from retrieval_kd.data.run import RunArtifact, stream_run
 from retrieval_kd.data.scores import Scores
 from retrieval_kd.errors import DataError, InputError, UsageError, first
+from retrieval_kd.fingerprint import file_sha256
 from retrieval_kd.progress import progress
 from retrieval_kd.teachers.base import Candidates
 

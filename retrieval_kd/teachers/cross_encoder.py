@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from retrieval_kd.artifact import InputRef, write_atomically
+from retrieval_kd.artifact import InputRef
+from retrieval_kd.atomic import write_atomically
 from retrieval_kd.errors import InputError, RetrievalKDError
 from retrieval_kd.models.batching import token_batches
 from retrieval_kd.models.cross_encoder import load_cross_encoder, pair_limit, query_prompt, scores_only

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_kd.artifact import write_atomically, writing_to
+from retrieval_kd.atomic import write_atomically, writing_to
 from retrieval_kd.errors import ArtifactError, RetrievalKDError
 from retrieval_kd.models.encoder import BadVectorsError
 from retrieval_kd.progress import progress

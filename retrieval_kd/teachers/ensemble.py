@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_kd.artifact import InputRef, Plan
+from retrieval_kd.artifact import InputRef
 from retrieval_kd.data.score_rows import ScoreRows
 from retrieval_kd.data.score_statistics import Moments
 from retrieval_kd.data.score_writer import ShardWriter
 from retrieval_kd.data.scores import Scores, total_counts
 from retrieval_kd.errors import ArtifactError, InputError, UsageError, first
+from retrieval_kd.plan import Plan
 from retrieval_kd.progress import progress
 from retrieval_kd.recipe import load_recipe
 from retrieval_kd.teachers.combine import Ensemble, EnsembleRecipe

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrieval_kd.artifact import Draft, Plan, write_atomically
+from retrieval_kd.atomic import write_atomically
 from retrieval_kd.data.score_writer import write_failed
 from retrieval_kd.data.scores import BLAMED, FAILED, Scores, shard_name, total_counts, verified_statistics
 from retrieval_kd.errors import ArtifactError, RecipeError, RetrievalKDError, UsageError
+from retrieval_kd.plan import Draft, Plan
 from retrieval_kd.progress import progress
 from retrieval_kd.recipe import load_recipe
 from retrieval_kd.registry import implementation

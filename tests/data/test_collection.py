@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from retrieval_kd.artifact import Plan
 from retrieval_kd.data import collection as collection_module
 from retrieval_kd.data import collection_writer
 from retrieval_kd.data.collection import Collection, Document, id_hash
 from retrieval_kd.data.sources import make_collection
 from retrieval_kd.errors import ArtifactError, DataError, InputError, OutputExistsError, UsageError
+from retrieval_kd.plan import Plan
 
 
 @pytest.fixture

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from retrieval_kd.artifact import InputRef, Plan
+from retrieval_kd.artifact import InputRef
 from retrieval_kd.data.merge_scores import merge_scores
 from retrieval_kd.data.score_rows import ScoreRows
 from retrieval_kd.data.score_writer import ShardWriter, write_failed
 from retrieval_kd.data.scores import FAILED, ScoredQuery, Scores, total_counts, write_shard
 from retrieval_kd.errors import ArtifactError, OutputExistsError, UsageError
+from retrieval_kd.plan import Plan
 from retrieval_kd.verify import check
 
 Row = tuple[str, list[str], list[float]]

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from retrieval_kd.artifact import Plan
 from retrieval_kd.data.scores import (
     Scores,
     read_shard,
@@ -20,6 +19,7 @@ from retrieval_kd.data.scores import (
     write_shard,
 )
 from retrieval_kd.errors import ArtifactError, RetrievalKDError
+from retrieval_kd.plan import Plan
 
 Row = tuple[str, list[str], list[float]]
 ROWS: list[Row] = [("q1", ["a", "b", "c"], [3.0, 1.0, 1.0]), ("q2", ["b"], [-2.0]), ("q3", ["c", "a"], [0.5, 7.5])]

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from retrieval_kd.artifact import InputRef, Plan
+from retrieval_kd.artifact import InputRef
 from retrieval_kd.data.run import Run
 from retrieval_kd.errors import DataError, InputError, OutputExistsError, UsageError
+from retrieval_kd.plan import Plan
 
 RECIPE = {"kind": "test"}
 

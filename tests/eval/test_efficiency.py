@@ -2,10 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from retrieval_kd.artifact import InputRef, Manifest, Plan
+from retrieval_kd.artifact import InputRef, Manifest
 from retrieval_kd.errors import ArtifactError
 from retrieval_kd.eval import efficiency
 from retrieval_kd.eval.efficiency import documents_per_second, measure_efficiency
+from retrieval_kd.plan import Plan
 
 
 class SlowSearcher:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from retrieval_kd.artifact import Plan
 from retrieval_kd.eval.report import (
     Report,
     comparison_rows,
@@ -16,6 +15,7 @@ from retrieval_kd.eval.report import (
     system_rows,
     write_report,
 )
+from retrieval_kd.plan import Plan
 
 RECIPE = {
     "kind": "evaluation",

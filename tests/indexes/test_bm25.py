@@ -129,6 +129,12 @@ def test_the_files_are_those_that_bm25s_computes(
     assert set(ours.vocab_dict) == set(stock.vocab_dict)
     for term in ours.vocab_dict:
         np.testing.assert_array_equal(ours.get_scores([term]), stock.get_scores([term]))
+    stock.save(tmp_path / "stock")
+    for name in ("data", "indices", "indptr"):
+        ours_file, theirs = (
+            np.load(folder / f"{name}.csc.index.npy") for folder in (tmp_path / "index/gen-000001", tmp_path / "stock")
+        )
+        assert (ours_file.dtype, ours_file.shape) == (theirs.dtype, theirs.shape), name
 
 
 def test_stock_bm25s_reads_the_files(collect: Collect, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import yaml
 from tiny_distill_vq import World, make_world, overlap
 from tiny_score_files import make_scores
 
-from retrieval_kd.artifact import Draft, InputRef
+from retrieval_kd.artifact import InputRef
 from retrieval_kd.data.scores import Scores
 from retrieval_kd.data.vectors import Vectors
 from retrieval_kd.errors import ArtifactError, InputError, RecipeError, UsageError
@@ -29,6 +29,7 @@ from retrieval_kd.indexes.distill_vq.layout import layout_of
 from retrieval_kd.indexes.distill_vq.recipe import DistillVQRecipe, Training
 from retrieval_kd.indexes.distill_vq.teaching import Documents, Lesson, Pupils, pseudo_queries, split
 from retrieval_kd.indexes.distill_vq.training import LearnedCodebooks, Lessons, relevance_loss
+from retrieval_kd.plan import Draft
 
 Embed = Callable[..., Vectors]
 Build = Callable[..., Index]
@@ -494,7 +495,7 @@ def test_score_files_teach(build: Build, world: World, tmp_path: Path) -> None:
 
 def scores_artifact(path: Path, rows: Any, collection: InputRef) -> Scores:
     made = make_scores(path.with_name("made"), rows, per_shard=1000)
-    from retrieval_kd.artifact import Plan
+    from retrieval_kd.plan import Plan
 
     with Plan("scores", made.manifest.recipe, {"collection": collection}).write(path) as draft:
         for shard in made.shards:

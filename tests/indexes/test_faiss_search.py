@@ -13,7 +13,6 @@ import pytest
 import yaml
 from tiny import unit
 
-from retrieval_kd.artifact import Draft
 from retrieval_kd.data.vectors import Vectors
 from retrieval_kd.errors import ArtifactError, InputError, RecipeError, UsageError
 from retrieval_kd.indexes import faiss_search
@@ -21,6 +20,7 @@ from retrieval_kd.indexes import faiss_structure as structure
 from retrieval_kd.indexes.base import Index, Source
 from retrieval_kd.indexes.build import build_index, estimate_index
 from retrieval_kd.indexes.stored_vectors import StoredVectors, StoredVectorsWriter
+from retrieval_kd.plan import Draft
 
 Embed = Callable[..., Vectors]
 Build = Callable[..., Any]

@@ -12,7 +12,6 @@ import pytest
 import yaml
 from tiny import unit
 
-from retrieval_kd.artifact import Draft
 from retrieval_kd.data.vectors import Vectors
 from retrieval_kd.errors import InputError, RecipeError, UsageError
 from retrieval_kd.indexes import late_interaction as module
@@ -20,6 +19,7 @@ from retrieval_kd.indexes import late_interaction_scoring as scoring
 from retrieval_kd.indexes.base import Index, Source
 from retrieval_kd.indexes.build import build_index, estimate_index
 from retrieval_kd.indexes.distill_vq.engine import DistillVQIndex
+from retrieval_kd.plan import Draft
 
 Embed = Callable[..., Vectors]
 Build = Callable[..., Index]

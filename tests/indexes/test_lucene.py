@@ -6,6 +6,8 @@ import gc
 import json
 import logging
 import math
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -214,15 +216,35 @@ def test_the_same_as_anserinis_indexer_makes_of_impact_jsonl(impacts: Callable[.
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what a process has mapped")
-def test_files_are_let_go_with_the_index(impacts: Callable[..., Index]) -> None:
-    index = impacts(skewed(50, 20, seed=1))
-    folder = str(index.path.resolve() / "lucene")
+@pytest.mark.parametrize("shards", [1, 2])
+def test_files_are_let_go_with_the_index(shards: int, impacts: Callable[..., Index]) -> None:
+    index = impacts(skewed(50, 20, seed=1), shards=shards)
+    folder = str(index.path.resolve())
     assert folder in Path("/proc/self/maps").read_text()
     other = impacts(skewed(50, 20, seed=1), "other")
     del index
     gc.collect()
     assert folder not in Path("/proc/self/maps").read_text()
     assert len(hits(other, skewed(1, 20, seed=2))) == 9, "it stays open"
+
+
+def test_the_first_threads_of_a_process_at_once(collect: Collect, tmp_path: Path) -> None:
+    """Each reads Java's classes first: pyjnius makes broken ones when threads do so at once, or ends the process."""
+    index = build_index("lucene", collection=collect(["cat", "dog", "cat dog"]), shards=2, out=tmp_path / "index")
+    program = f"""
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from retrieval_kd.indexes.base import Index
+sys.setswitchinterval(1e-6)
+together = threading.Barrier(8)
+def find(_):
+    together.wait()
+    return Index.load({str(tmp_path / "index")!r}).search(["dog"], 2)[1].tolist()
+with ThreadPoolExecutor(8) as pool:
+    print(list(pool.map(find, range(8))))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == f"{[index.search(['dog'], 2)[1].tolist()] * 8}\n", done.stderr
 
 
 def test_estimates(collect: Collect, impacts: Callable[..., Index]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,9 +21,10 @@ from retrieval_kd.data.vector_writer import write_vectors
 from retrieval_kd.data.vectors import Vectors
 from retrieval_kd.errors import ArtifactError, InputError, OutputExistsError, UsageError
 from retrieval_kd.indexes import sparse_exact
-from retrieval_kd.indexes.base import Index, Source, merged
+from retrieval_kd.indexes.base import Index, Source
 from retrieval_kd.indexes.bm25 import BM25Index
 from retrieval_kd.indexes.build import build_index, estimate_index
+from retrieval_kd.indexes.hits import merged
 from retrieval_kd.indexes.segments import Segments, shard_bounds
 from retrieval_kd.indexes.sparse_exact import SparseExactIndex
 
@@ -179,6 +181,52 @@ def test_a_killed_build_of_texts_goes_on_after_the_last_whole_shard(
     again = build_index("bm25", collection=collection, shards=3, out=tmp_path / "index")
     assert read == [["d1", "d2"], ["d3", "d4"], ["d3", "d4"]]
     assert again.fingerprint == whole.fingerprint
+
+
+def test_what_a_kill_leaves_in_a_whole_shard_is_no_part_of_the_index(
+    vectors: Vectors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shard is published, and its lock not yet gone."""
+    whole = build_index("sparse-exact", vectors=vectors, shards=2, out=tmp_path / "whole")
+    plain = SparseExactIndex.grow
+
+    def killed(self: Any, source: Source, draft: Any) -> None:
+        (self.path / ".lock").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SparseExactIndex, "grow", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_index("sparse-exact", vectors=vectors, shards=2, out=tmp_path / "index")
+    monkeypatch.setattr(SparseExactIndex, "grow", plain)
+    again = build_index("sparse-exact", vectors=vectors, shards=2, out=tmp_path / "index")
+    assert again.fingerprint == whole.fingerprint and not list(again.path.rglob(".lock"))
+
+
+@pytest.mark.parametrize("kind", ["bm25", "lucene"])
+def test_threads_that_search_shards_of_texts_at_once(
+    kind: str, collect: Callable[..., Collection], synthetic_texts: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    index = build_index(kind, collection=collect(synthetic_texts(60)), shards=4, out=tmp_path / "index")
+    queries = synthetic_texts(40, seed=11)
+    expected, switch = hits(index, queries, 10), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(lambda _: hits(index, queries, 10), range(8))) == [expected] * 8
+    finally:
+        sys.setswitchinterval(switch)
+
+
+@pytest.mark.parametrize("kind", ["bm25", "lucene"])
+def test_a_cut_inside_a_tie_over_shards_of_texts(kind: str, collect: Callable[..., Collection], tmp_path: Path) -> None:
+    """All 60 documents tie, more than Lucene is asked for: the greatest ids are in the first shard and in the last."""
+    index = build_index(kind, collection=collect(["same text"] * 60), shards=3, out=tmp_path / "index")
+    ids = sorted((f"d{row}" for row in range(60)), reverse=True)
+    assert [doc_id for doc_id, _ in hits(index, ["same"], 7)[0]] == ids[:7]
+    odd = np.arange(60) % 2 == 1
+    scores, rows = index.search(["same"], 40, odd)
+    assert index.ids_of(rows[0, :30]) == [doc_id for doc_id in ids if int(doc_id[1:]) % 2]
+    assert (rows[0, 30:] == -1).all() and np.isneginf(scores[0, 30:]).all()
 
 
 def test_a_generation_without_its_segment_is_damaged(vectors: Vectors, tmp_path: Path) -> None:

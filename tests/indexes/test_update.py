@@ -141,6 +141,8 @@ def test_one_that_has_an_old_generation_open_reads_on(index: Path, more: Path) -
 def test_all_documents_deleted(index: Path) -> None:
     empty = update_index(index, "delete", ids=names(0, 20))
     assert hits(empty, QUERIES, 3) == [[]] * 5 and empty.problems() == []
+    with pytest.raises(UsageError, match="allowed is an array of 20 booleans"):
+        empty.search(QUERIES, 3, np.ones(19, dtype=bool))
     with pytest.raises(InputError, match="no document is left"):
         update_index(index, "compact")
     assert Index.load(index).manifest.counts["deleted"] == 20

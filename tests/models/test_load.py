@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import tiny
 
-from retrieval_kd.artifact import Plan
 from retrieval_kd.errors import ArtifactError, InputError
 from retrieval_kd.models.load import SETTINGS, Model, find_model
+from retrieval_kd.plan import Plan
 
 
 def make_artifact(model: Path, out: Path) -> Model:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from retrieval_kd.artifact import unfinished
+from retrieval_kd.atomic import unfinished
 from retrieval_kd.errors import RetrievalKDError
 from retrieval_kd.models.load import Model
 from retrieval_kd.students.dense import DenseStudent

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tiny
 
-from retrieval_kd.artifact import unfinished
+from retrieval_kd.atomic import unfinished
 from retrieval_kd.data.collection import Collection
 from retrieval_kd.students.objective import STATE
 from retrieval_kd.students.train import train

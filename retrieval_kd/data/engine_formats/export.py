@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retrieval_kd.artifact import Draft, Plan
 from retrieval_kd.data.engine_formats.engine import SCALE, Contents, EngineFormat
 from retrieval_kd.data.engine_formats.fields import Fields
 from retrieval_kd.data.engine_formats.json_rows import Parts
@@ -18,6 +17,7 @@ from retrieval_kd.data.engine_formats.qdrant import Qdrant
 from retrieval_kd.data.engine_formats.search_servers import Elasticsearch, OpenSearch
 from retrieval_kd.data.vectors import Vectors
 from retrieval_kd.errors import ArtifactError, UsageError, did_you_mean
+from retrieval_kd.plan import Draft, Plan
 from retrieval_kd.progress import progress
 
 if TYPE_CHECKING:

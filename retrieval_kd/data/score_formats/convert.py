@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retrieval_kd.artifact import Draft, InputRef, Plan, file_sha256, writing_to
+from retrieval_kd.artifact import InputRef
+from retrieval_kd.atomic import writing_to
 from retrieval_kd.data.score_formats import (
     flagembedding,
     hofstaetter,
@@ -30,6 +31,8 @@ from retrieval_kd.data.score_kinds import SCORE_KINDS
 from retrieval_kd.data.scores import ScoredQuery, Scores, write_shard
 from retrieval_kd.data.sources import open_collection
 from retrieval_kd.errors import DataError, InputError, UsageError, did_you_mean, first
+from retrieval_kd.fingerprint import file_sha256
+from retrieval_kd.plan import Draft, Plan
 from retrieval_kd.progress import progress
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from retrieval_kd.artifact import Draft
 from retrieval_kd.errors import InputError, UsageError
 from retrieval_kd.indexes import faiss_structure as structure
 from retrieval_kd.indexes.base import Shape, Source, write_rows
@@ -23,6 +22,7 @@ from retrieval_kd.indexes.distill_vq.teaching import Documents, Pupils, pseudo_q
 from retrieval_kd.indexes.faiss_build import add, faiss_errors, threads, train
 from retrieval_kd.indexes.faiss_index import NATIVE, FaissIndex
 from retrieval_kd.indexes.faiss_package import import_faiss
+from retrieval_kd.plan import Draft
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection

@@ -21,9 +21,9 @@ class Training(Section):
     """0 leaves what FAISS trained, refined where codebooks are added."""
     batch: int = Field(default=64, ge=1)
     """Queries a step."""
-    documents: int = Field(default=50, ge=1)
+    documents: int = Field(default=20, ge=1)
     """Documents drawn from a query's ``top`` beside its best one; those of the whole batch are compared."""
-    top: int = Field(default=50, ge=2)
+    top: int = Field(default=20, ge=2)
     loss: LossName = "listnet"
     temperature: float = Field(default=0.1, gt=0)
     """Divides the student's scores and the vectors' inner products."""
