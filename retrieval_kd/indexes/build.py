@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrieval_kd.artifact import CURRENT
 from retrieval_kd.errors import OutputExistsError
 from retrieval_kd.indexes.base import UPDATED_FROM, Index, IndexRecipe, Shape
+from retrieval_kd.indexes.generations import locked
 from retrieval_kd.indexes.inputs import (
     check_arguments,
     check_layout,
@@ -73,7 +76,10 @@ def build_index(
             return index
         if not force:
             raise OutputExistsError(f"{out} exists and was updated since it was built; pass --force to build it anew")
-    with plan.write(out, force=force, generation=GENERATION, resumable=engine.resumable or parsed.shards > 1) as draft:
+    resumable = engine.resumable or parsed.shards > 1
+    # what an update wrote meanwhile would be lost
+    replaced = locked(out) if force and (out / CURRENT).is_file() else nullcontext()
+    with replaced, plan.write(out, force=force, generation=GENERATION, resumable=resumable) as draft:
         write_index(engine, parsed, with_collection(source), draft)
         facts = draft.counts["documents"], draft.details["bytes"], draft.details["build_seconds"]
     log.info("%s: %s documents, %.1f bytes each, %.1f s", out, f"{facts[0]:,}", facts[1] / max(facts[0], 1), facts[2])

@@ -212,6 +212,13 @@ def test_a_second_update_at_once_is_refused(index: Path) -> None:
         update_index(index, "delete", ids=["d1"])
 
 
+def test_an_index_is_not_replaced_while_it_is_updated(index: Path, tmp_path: Path) -> None:
+    with FileLock(index / ".update.lock"), pytest.raises(RetrievalKDError, match="another process is updating it"):
+        build_index("sparse-exact", vectors=tmp_path / "vectors", out=index, overrides=["shards=2"], force=True)
+    again = build_index("sparse-exact", vectors=tmp_path / "vectors", out=index, overrides=["shards=2"], force=True)
+    assert isinstance(again, Segments) and check(index) == []
+
+
 def test_vectors_that_are_gone_are_named(index: Path, tmp_path: Path) -> None:
     shutil.move(tmp_path / "vectors", tmp_path / "elsewhere")
     assert update_index(index, "delete", ids=["d1"]).manifest.counts["documents"] == 19
