@@ -98,8 +98,7 @@ def _decoder(piece: FaissIndex) -> Any:
     faiss = import_faiss()
     native = piece.native
     inner = structure.searched_part(native)
-    if isinstance(inner, faiss.IndexIVF):
-        inner.make_direct_map(True)
+    structure.prepare_decoding(native)
     maps = [
         faiss.vector_to_array(step.A).reshape(step.d_out, step.d_in)
         for part in structure.parts(native)

@@ -235,3 +235,14 @@ def fixed_bytes(index: Any) -> int:
             if isinstance(step, faiss.ITQTransform):
                 total += 4 * step.d_out**2
     return total
+
+
+def prepare_decoding(index: Any) -> None:
+    """Lets ``index`` reconstruct documents: in lists, by a table of 8 bytes a document, in memory."""
+    faiss = import_faiss()
+    for part in parts(index):
+        if isinstance(part, faiss.IndexIVFFastScan) and part.fine_quantizer is None:
+            # FAISS 1.15 does not set it when it reads a file, and crashes without it.
+            part.fine_quantizer = getattr(part, "pq", None) or getattr(part, "aq", None)
+        if isinstance(part, faiss.IndexIVF):
+            part.make_direct_map()

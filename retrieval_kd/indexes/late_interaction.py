@@ -80,6 +80,8 @@ class LateInteractionRecipe(IndexRecipe):
 
     @model_validator(mode="after")
     def _reads_tokens(self) -> Self:
+        if self.distill_vq is not None and self.distill_vq.query_learning_rate not in ("auto", 0):
+            raise ValueError("distill_vq.query_learning_rate: the tokens of queries have no map; leave it out")
         if self.scoring == "xtr" and (self.store is not None or self.search.candidates is not None):
             raise ValueError("scoring 'xtr' reads no stored tokens; leave out store and search.candidates")
         return self
@@ -162,7 +164,8 @@ class LateInteractionIndex(Index):
         self._stored = StoredVectors.open(self.path)
         self._read: Read | None = self._stored.of if self._stored is not None else None
         if recipe.scoring == "gather" and recipe.store == "codes":
-            self._read = _decoder(self._index)
+            structure.prepare_decoding(self._index)
+            self._read = self._index.reconstruct_batch
         where = placement(search.device or "cpu")
         copy = to_gpus(self._index, where, float16=self._read is not None) if where.gpus else None
         self._native = NativeSearch(self._index, copy)
@@ -249,7 +252,10 @@ def _distilled(recipe: LateInteractionRecipe, tokens: Tokens, source: Source, dr
     from retrieval_kd.indexes.distill_vq.engine import DistillVQIndex
 
     keys = recipe.model_dump(include={"factory", "train_sample", "seed", "threads", "device"})
-    given = DistillVQRecipe(kind="distill-vq", **keys, training=recipe.distill_vq)
+    assert recipe.distill_vq is not None
+    # tokens that are added later are coded by FAISS's own `add`, which a map of queries would mislead
+    training = recipe.distill_vq.model_copy(update={"query_learning_rate": 0.0})
+    given = DistillVQRecipe(kind="distill-vq", **keys, training=training)
     inner = Draft(draft.work / "distill-vq", resumed=False)
     inner.path.mkdir()
     queries = None if source.queries is None else Tokens(source.queries)
@@ -292,19 +298,6 @@ def _write(
     draft.counts["tokens"] = len(tokens)
     draft.counts["documents_without_tokens"] = int(np.count_nonzero(documents.lengths == 0))
     draft.details.update(metric=documents.similarity, dimension=documents.dimension)
-
-
-def _decoder(index: Any) -> Read:
-    """What decodes tokens from their codes in the index."""
-    faiss = import_faiss()
-    for part in structure.parts(index):
-        if isinstance(part, faiss.IndexIVFFastScan) and part.fine_quantizer is None:
-            # FAISS 1.15 does not set it when it reads a file, and crashes without it.
-            part.fine_quantizer = getattr(part, "pq", None) or getattr(part, "aq", None)
-        if isinstance(part, faiss.IndexIVF):
-            part.make_direct_map()
-    read: Read = index.reconstruct_batch
-    return read
 
 
 def _threads(index: Any, recipe: LateInteractionRecipe) -> Any:

@@ -66,6 +66,16 @@ def test_scores_are_inner_products_with_decoded_documents(
     assert vectors.manifest.inputs["index"]["fingerprint"] == index.fingerprint
 
 
+@pytest.mark.parametrize("factory", ["PQ4x4fs", "IVF4,PQ4x4fs", "OPQ4,IVF4,PQ4x4fs"])
+def test_fast_scan_rounds_scores_of_what_is_decoded(factory: str, build: Callable[..., Index], tmp_path: Path) -> None:
+    """To 255 steps of a table's range, of the 4 tables that are added: at most 4 halves of 12 / 255."""
+    index = build(factory, **({"search": {"nprobe": 4}} if "IVF" in factory else {}))
+    decoded = decode_index(index, tmp_path / "decoded").matrix
+    scores, rows = index.search(3 * WORLD.unseen, 10)
+    expected = np.take_along_axis(3 * WORLD.unseen @ decoded.T, rows, axis=1)
+    np.testing.assert_allclose(scores, expected, atol=4 * 12 / 255 / 2)
+
+
 def test_a_map_of_queries_is_in_the_decoded_documents(embed: Embed, tmp_path: Path) -> None:
     """A learned map that is no rotation: queries go through it, and decoded documents through its transpose."""
     keys = {"epochs": 1, "learning_rate": 0.003, "temperature": 0.2, "query_learning_rate": 0.003}

@@ -245,6 +245,20 @@ def test_token_codes_of_distill_vq(embed: Embed, build: Build, tmp_path: Path) -
     np.testing.assert_allclose(hits[0], expected[0], rtol=1e-3)
 
 
+def test_tokens_that_are_added_are_coded_as_the_first_were(embed: Embed, build: Build, tmp_path: Path) -> None:
+    """With a rotation, whose place a map of queries would take: the same documents again have the same scores."""
+    documents = random_tokens(80)
+    training = {"epochs": 8, "temperature": 0.2, "learning_rate": 0.003, "reconstruction": 1.0}
+    index = build(embed(documents, "maxsim"), factory="OPQ4,PQ4x4", distill_vq=training, store="codes")
+    assert index.manifest.details["distill_vq"]["shipped"] == "distilled"
+    draft = Draft(tmp_path / "grown", resumed=False)
+    draft.path.mkdir()
+    index.grow(Source(vectors=embed(documents, "maxsim", name="again")), draft)
+    assert (draft.path / "index.faiss").read_bytes() == (index.path / "index.faiss").read_bytes()
+    with pytest.raises(RecipeError, match=r"distill_vq\.query_learning_rate: the tokens of queries have no map"):
+        build(embed(documents, "maxsim"), factory="OPQ4,PQ4x4", distill_vq={"query_learning_rate": 0.01})
+
+
 def test_distill_vq_trains_as_the_recipe_says(
     embed: Embed, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
