@@ -41,6 +41,11 @@ class VectorRange(Vectors):
         return self._whole.ids[self._part]
 
     @cached_property
+    def arrow_ids(self) -> Any:
+        """The id of each row: an Arrow array of strings."""
+        return self._whole.arrow_ids.slice(self._part.start, len(self))
+
+    @cached_property
     def matrix(self) -> np.ndarray:
         """Dense vectors [n, d] float32."""
         return self._whole.matrix[self._part]

@@ -101,6 +101,13 @@ class Vectors(Artifact):
         """The id of each row."""
         return read_ids(self.path / "ids.arrow")
 
+    @cached_property
+    def arrow_ids(self) -> Any:
+        """The id of each row: an Arrow array of strings, memory-mapped, for as many as no list should hold."""
+        import pyarrow as pa
+
+        return pa.ipc.open_file(pa.memory_map(str(self.path / "ids.arrow"))).read_all()["id"]
+
     @property
     def of(self) -> str:
         """``documents`` or ``queries``."""

@@ -26,6 +26,8 @@ SEGMENTS = "segments"
 """In the details of an index of several pieces: the folders that hold them, in the order of their rows."""
 DELETED = "deleted.npy"
 """The rows [d] int64 of documents that were deleted; no file when none were."""
+_STEP = 65536
+"""Ids that are compared at a time."""
 UPDATED_FROM = "updated_from"
 """In the details of an index that was changed: the generation and fingerprint that it was before."""
 
@@ -60,9 +62,9 @@ class Source:
 
     @property
     def ids(self) -> Any:
-        """The documents' ids: a list, or an Arrow array of strings."""
+        """The documents' ids: an Arrow array of strings."""
         if self.vectors is not None:
-            return self.vectors.ids
+            return self.vectors.arrow_ids
         return None if self.collection is None else self.collection.documents.ids
 
     @property
@@ -303,18 +305,42 @@ def write_rows(folder: Path, ids: Any, *, unique: bool = True) -> int:
     from retrieval_kd.data.vector_writer import write_ids
 
     array = arrow_ids(ids)
-    if unique and len(array.unique()) != len(array):
-        raise DataError(f"{len(array) - len(array.unique())} document ids repeat; ids must be unique")
+    order = _descending(array)
+    repeated = _repeated(array, order) if unique else 0
+    if repeated:
+        raise DataError(f"{repeated} document ids repeat; ids must be unique")
     write_ids(folder / "ids.arrow", array)
-    np.save(folder / "rank.npy", descending_rank(array))
+    np.save(folder / "rank.npy", _rank_of(order))
     return len(array)
 
 
 def descending_rank(ids: Any) -> np.ndarray:
-    """The position [n] int32 of each id in descending order (Arrow sorts by UTF-8 bytes: the order of Python's str)."""
+    """The position [n] int32 of each id in descending order."""
+    return _rank_of(_descending(ids))
+
+
+def _descending(ids: Any) -> np.ndarray:
+    """The rows [n] by their ids, descending (Arrow sorts by UTF-8 bytes: the order of Python's str)."""
     import pyarrow.compute as pc
 
-    order = pc.array_sort_indices(ids, order="descending").to_numpy()
+    order: np.ndarray = pc.array_sort_indices(ids, order="descending").to_numpy()
+    return order
+
+
+def _rank_of(order: np.ndarray) -> np.ndarray:
     rank = np.empty(len(order), dtype=np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
     return rank
+
+
+def _repeated(ids: Any, order: np.ndarray) -> int:
+    """How many ids equal the one before them in ``order``; compared in blocks, as a set of all would be large."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    whole = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) and ids.num_chunks > 1 else ids
+    found = 0
+    for start in range(0, len(order) - 1, _STEP):
+        block = whole.take(pa.array(order[start : start + _STEP + 1]))
+        found += pc.sum(pc.equal(block[1:], block[:-1]), min_count=0).as_py()
+    return found

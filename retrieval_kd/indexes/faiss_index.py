@@ -273,7 +273,7 @@ def _fill(
     import_faiss().write_index(index if gpu is None else to_cpu(gpu), str(draft.path / NATIVE))
     if zeros and cosine:
         log.warning("%s of %s vectors are zero and have no direction: their cosine is 0", zeros, shape[0])
-    draft.counts["documents"] = write_rows(draft.path, vectors.ids)
+    draft.counts["documents"] = write_rows(draft.path, vectors.arrow_ids)
     draft.details.update(metric="cosine" if cosine else "inner_product", dimension=int(shape[1]), zero_vectors=zeros)
     if store is not None:
         draft.details["rerank_error"] = round(store.close(), 6)

@@ -294,7 +294,7 @@ def _write(
     import_faiss().write_index(index if gpu is None else to_cpu(gpu), str(draft.path / NATIVE))
     np.save(draft.path / OFFSETS, documents.multi_vector.offsets)
     np.save(draft.path / DOCUMENTS, np.repeat(np.arange(len(documents), dtype=np.int32), documents.lengths))
-    draft.counts["documents"] = write_rows(draft.path, documents.ids)
+    draft.counts["documents"] = write_rows(draft.path, documents.arrow_ids)
     draft.counts["tokens"] = len(tokens)
     draft.counts["documents_without_tokens"] = int(np.count_nonzero(documents.lengths == 0))
     draft.details.update(metric=documents.similarity, dimension=documents.dimension)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -37,6 +37,13 @@ class Tokens(Vectors):
         """The id of each token: its text's and its number there."""
         texts = zip(self.texts.ids, self.texts.lengths.tolist(), strict=True)
         return [f"{id_}[{number}]" for id_, length in texts for number in range(length)]
+
+    @cached_property
+    def arrow_ids(self) -> Any:
+        """The same as an Arrow array of strings."""
+        import pyarrow as pa
+
+        return pa.array(self.ids, pa.string())
 
     def __len__(self) -> int:
         return len(self.matrix)

@@ -167,7 +167,7 @@ class LuceneImpactIndex(LuceneIndex):
             pairs = zip(terms[part].tolist(), impacts[part].tolist(), strict=True)
             return " ".join(f"{term}|{impact}" for term, impact in pairs if impact)
 
-        cls.write(draft, vectors.ids, text, _impact_analyzer(), recipe.search)
+        cls.write(draft, vectors.arrow_ids, text, _impact_analyzer(), recipe.search)
         draft.counts["impacts_of_0"] = int(np.count_nonzero(impacts == 0))
         if draft.counts["impacts_of_0"]:
             log.info(

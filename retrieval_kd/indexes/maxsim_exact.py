@@ -58,7 +58,7 @@ class MaxSimExactIndex(Index):
             copy[start : start + _BLOCK] = block
         copy.flush()
         np.save(draft.path / "offsets.npy", offsets)
-        draft.counts["documents"] = write_rows(draft.path, vectors.ids)
+        draft.counts["documents"] = write_rows(draft.path, vectors.arrow_ids)
         draft.counts["tokens"] = len(tokens)
         draft.counts["documents_without_tokens"] = int(np.count_nonzero(vectors.lengths == 0))
         draft.details.update(metric=vectors.similarity, dimension=vectors.dimension, longest_token=longest)

@@ -107,7 +107,7 @@ class SeismicIndex(Index):
         with _no_output():
             _engine(small).build(str(given), **keys).save(str(draft.path / NATIVE))
         given.unlink()
-        draft.counts["documents"] = write_rows(draft.path, vectors.ids)
+        draft.counts["documents"] = write_rows(draft.path, vectors.arrow_ids)
         draft.counts["postings"] = len(terms)
         draft.counts["documents_without_terms"] = int(np.count_nonzero(np.diff(indptr) == 0))
         metric = "cosine" if vectors.similarity == "cosine" else "inner_product"

@@ -49,7 +49,7 @@ class SparseExactIndex(Index):
         arrays = (by_term.indptr.astype(np.int64), by_term.indices.astype(np.int32), by_term.data)
         for name, array in zip(_PARTS, arrays, strict=True):
             np.save(draft.path / name, array)
-        draft.counts["documents"] = write_rows(draft.path, vectors.ids)
+        draft.counts["documents"] = write_rows(draft.path, vectors.arrow_ids)
         draft.counts["postings"] = len(terms)
         draft.counts["documents_without_terms"] = int(np.count_nonzero(vectors.lengths == 0))
         metric = "cosine" if vectors.similarity == "cosine" else "inner_product"

@@ -90,7 +90,7 @@ class DistillVQIndex(FaissIndex):
                 "overlap@10 with the teacher on %s held-out queries: %.4f by FAISS, %.4f after epoch %s (%s lists)",
                 len(held_out), before, best["overlap"], best["epoch"], best["lists"],
             )  # fmt: skip
-        draft.counts["documents"] = write_rows(draft.path, vectors.ids)
+        draft.counts["documents"] = write_rows(draft.path, vectors.arrow_ids)
         draft.counts["training_queries"] = sum(len(pupils) for pupils in (real, pseudo) if pupils is not None)
         draft.counts["held_out_queries"] = len(held_out)
         draft.details.update(
@@ -116,7 +116,7 @@ class DistillVQIndex(FaissIndex):
                 shutil.copyfile(self.path / name, draft.path / name)
         with faiss_errors(vectors.path):
             zeros = _refill(draft.path, self.recipe, vectors, cosine=self._cosine)
-        draft.counts["documents"] = write_rows(draft.path, vectors.ids)
+        draft.counts["documents"] = write_rows(draft.path, vectors.arrow_ids)
         metric = "cosine" if self._cosine else "inner_product"
         draft.details.update(metric=metric, dimension=self.dimension, zero_vectors=zeros)
 
