@@ -228,6 +228,8 @@ def _queries(given: str | Path | Vectors, index: Index) -> np.ndarray:
     from retrieval_kd.data.vectors import Vectors
 
     vectors = given if isinstance(given, Vectors) else Vectors.load(given)
+    if vectors.of != "queries":  # each would find itself, and by another prompt than queries have
+        raise ArtifactError(f"{vectors.path}: these are vectors of {vectors.of}; encode a split with --queries SPLIT")
     if index.manifest.inputs["model"]["fingerprint"] not in vectors.stands_for:
         raise ArtifactError(f"{vectors.path}: these vectors were made by another model than the index's")
     if not len(vectors):

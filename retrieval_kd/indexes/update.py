@@ -19,19 +19,16 @@ from retrieval_kd.indexes.base import (
     SEGMENTS,
     UPDATED_FROM,
     Index,
-    IndexRecipe,
     Source,
     arrow_ids,
-    input_names,
 )
+from retrieval_kd.indexes.former import FormerIndex
 from retrieval_kd.indexes.generations import link_rows, link_segments, locked, next_generation
 from retrieval_kd.indexes.inputs import (
-    inputs_of,
     numbered,
     open_collection,
     open_source,
     open_vectors,
-    recorded,
     with_collection,
 )
 from retrieval_kd.indexes.segments import (
@@ -43,7 +40,6 @@ from retrieval_kd.indexes.segments import (
     write_segment,
 )
 from retrieval_kd.plan import Draft, Plan
-from retrieval_kd.registry import implementation
 
 if TYPE_CHECKING:
     from retrieval_kd.data.collection import Collection
@@ -94,36 +90,25 @@ def update_index(
 
 
 @dataclass(frozen=True)
-class _Update:
-    """One change of the index at ``root``, which is now ``former``."""
+class _Update(FormerIndex):
+    """One change of it."""
 
-    root: Path
-    former: Index
     began: float
-
-    @property
-    def engine(self) -> type[Index]:
-        engine: type[Index] = implementation("indexes", self.former.recipe.kind)
-        return engine
-
-    @property
-    def recipe(self) -> IndexRecipe:
-        return self.former.recipe
 
     def delete(self, ids: Sequence[str]) -> None:
         """Marks rows as deleted; every other file is linked."""
         wanted = list(dict.fromkeys(ids))
         if not wanted:
             raise UsageError("nothing to delete: give ids")
-        rows = self._rows_of(wanted)
+        rows = self.rows_of(wanted)
         if len(rows) < len(wanted):
             found = set(self.former.ids_of(rows))
             missing = [doc_id for doc_id in wanted if doc_id not in found]
             raise InputError(f"{self.root}: {len(missing)} of {len(wanted)} ids are not in it: {first(missing)}")
-        with next_generation(self.root, "delete", self._plan(self._refs())) as draft:
+        with next_generation(self.root, "delete", self._plan(self.refs())) as draft:
             link_segments(self.former, draft)
             link_rows(self.former, draft)
-            self._finish(draft, self._segments(draft), np.concatenate([self._dead(), rows]))
+            self._finish(draft, self._segments(draft), np.concatenate([self.dead(), rows]))
         if self.engine.takes == "text":
             log.info("%s: scores still count the deleted documents until it is compacted", self.root)
         log.info("%s: %s documents deleted", self.root, f"{len(rows):,}")
@@ -139,15 +124,15 @@ class _Update:
         if not self.engine.growable and not rebuild:
             raise UsageError(
                 f"{self.root}: a {kind} index cannot grow, its scores depend on the whole collection; "
-                f"add --rebuild to build it anew from the old {self._inputs} and the new"
+                f"add --rebuild to build it anew from the old {self.inputs_in_words} and the new"
             )
         source = with_collection(open_source(kind, self.engine, collection, vectors))
-        self._check_new(source)
+        self.check_new(source)
         number = len(source.ids)
-        refs = self._refs(source)
+        refs = self.refs(source)
         if rebuild:
-            parts = [*self._parts(), source]
-            return self._build_anew("add", parts, self._live_ids() + arrow_ids(source.ids).to_pylist(), source)
+            parts = [*self.parts(), source]
+            return self._build_anew("add", parts, self.live_ids() + arrow_ids(source.ids).to_pylist(), source)
         with next_generation(self.root, "add", self._plan(refs)) as draft:
             link_segments(self.former, draft)
             segments = self._segments(draft)
@@ -160,14 +145,14 @@ class _Update:
             write_all_rows(draft, segments)
             if attributes is not None:
                 write_attributes(draft.path / ATTRIBUTES, attributes)
-            self._finish(draft, segments, self._dead())
+            self._finish(draft, segments, self.dead())
         log.info("%s: %s documents added", self.root, f"{number:,}")
         if len(segments) >= _MANY_SEGMENTS:
             log.info("%s: has %s segments; `update %s compact` makes them one", self.root, len(segments), self.root)
 
     def compact(self) -> None:
         """Builds the index anew of the documents that are left."""
-        self._build_anew("compact", self._parts(), self._live_ids(), None)
+        self._build_anew("compact", self.parts(), self.live_ids(), None)
 
     def _build_anew(self, action: str, parts: list[Source], ids: list[str], new: Source | None) -> None:
         """A generation of one piece (or the recipe's shards) of the documents ``ids``, from the last part with each."""
@@ -181,104 +166,27 @@ class _Update:
         if (part_of < 0).any():
             missing = [ids[i] for i in np.flatnonzero(part_of < 0)]
             raise ArtifactError(
-                f"{self.root}: {len(missing)} documents are not in its {self._inputs}: {first(missing)}"
+                f"{self.root}: {len(missing)} documents are not in its {self.inputs_in_words}: {first(missing)}"
             )
         used = [part for i, part in enumerate(parts) if (part_of == i).any()]
-        refs = {name: ref for name, ref in self._refs(new).items() if name.partition("_")[0] != self._from}
-        refs |= numbered(self._from, [part.rows.ref() for part in used])
+        refs = {name: ref for name, ref in self.refs(new).items() if name.partition("_")[0] != self.read_from}
+        refs |= numbered(self.read_from, [part.rows.ref() for part in used])
         table = joined(
             self.former.attributes,
             len(self.former),
             None if new is None else self._new_attributes(new),
-            len(ids) - len(self._live_ids()),
+            len(ids) - len(self.live_ids()),
         )
         if table is not None:
             alive = np.ones(table.num_rows, dtype=bool)
-            alive[self._dead()] = False
+            alive[self.dead()] = False
             table = table.filter(pa.array(alive))
         with next_generation(self.root, action, self._plan(refs)) as draft:
             whole = len(used) == 1 and arrow_ids(used[0].ids).to_pylist() == ids
             source = used[0] if whole else _gathered(draft.work / "vectors", parts, part_of, row_of)
-            write_index(self.engine, self.recipe, self._with_teachers(source), draft, table)
+            write_index(self.engine, self.recipe, self.with_teachers(source), draft, table)
             self._note_origin(draft)
         log.info("%s: built anew of %s documents", self.root, f"{len(ids):,}")
-
-    def _with_teachers(self, source: Source) -> Source:
-        """``source`` with the queries and scores that the index was learned from."""
-        from retrieval_kd.data.scores import Scores
-
-        inputs = self.former.manifest.inputs
-        scores = [Scores.load(self.former.locate(name)) for name in input_names(inputs, "scores")]
-        queries = open_vectors(self.former.locate("queries")) if "queries" in inputs else None
-        return replace(source, queries=queries, scores=scores)
-
-    def _check_new(self, source: Source) -> None:
-        """Raises unless the documents are new, and their vectors by the index's model."""
-        if source.vectors is not None:
-            self._check_vectors(source.vectors)
-        rows = self._rows_of(source.ids)
-        if len(rows):
-            raise InputError(
-                f"{self.root}: {len(rows)} of {len(source.ids)} new documents are in it already: "
-                f"{first(self.former.ids_of(rows[:4]))}; delete them first, or leave them out"
-            )
-
-    def _check_vectors(self, vectors: Vectors) -> None:
-        needed = self.former.manifest.inputs["model"]["fingerprint"]
-        if vectors.model_ref.fingerprint != needed:
-            raise ArtifactError(
-                f"{vectors.path}: made by another model (fingerprint {vectors.model_ref.fingerprint[:12]}) than "
-                f"{self.root} ({needed[:12]}); encode the new documents with the model of the index"
-            )
-        if not len(vectors):
-            raise InputError(f"{vectors.path}: holds no vectors")
-        dimension = self.former.manifest.details["dimension"]
-        if vectors.dimension != dimension:
-            raise ArtifactError(
-                f"{vectors.path}: has {vectors.dimension} dimensions, {self.root} {dimension}; encode again"
-            )
-
-    def _rows_of(self, ids: Any) -> np.ndarray:
-        """The rows of those among ``ids`` that are in the index and not deleted."""
-        import pyarrow.compute as pc
-
-        rows = np.flatnonzero(np.asarray(pc.is_in(self.former.ids, value_set=arrow_ids(ids))))
-        return rows if self.former.live is None else rows[self.former.live[rows]]
-
-    @property
-    def _from(self) -> str:
-        """The name of the inputs that every document is read from."""
-        return "collection" if self.engine.takes == "text" else "vectors"
-
-    @property
-    def _inputs(self) -> str:
-        return "collections" if self._from == "collection" else self._from
-
-    def _parts(self) -> list[Source]:
-        """The vectors, or the collections, of every document in the order they were added."""
-        found = []
-        text = self._from == "collection"
-        for name in input_names(self.former.manifest.inputs, self._from):
-            try:
-                place = self.former.locate(name)
-                found.append(Source(open_collection(place)) if text else Source(vectors=open_vectors(place)))
-            except ArtifactError as error:
-                was = self.former.manifest.inputs[name].get("absolute", "nowhere")
-                raise ArtifactError(
-                    f"{self.root}: can be built anew only from all its {self._inputs}, and those that were at {was} "
-                    "are gone or others; put them back, or build another index"
-                ) from error
-        return found
-
-    def _live_ids(self) -> list[str]:
-        import pyarrow as pa
-
-        live = self.former.live
-        ids: list[str] = (self.former.ids if live is None else self.former.ids.filter(pa.array(live))).to_pylist()
-        return ids
-
-    def _dead(self) -> np.ndarray:
-        return np.flatnonzero([] if self.former.live is None else ~self.former.live)
 
     def _new_attributes(self, source: Source) -> Any:
         found = None
@@ -298,21 +206,6 @@ class _Update:
 
     def _plan(self, refs: Mapping[str, InputRef]) -> Plan:
         return Plan("index", self.recipe.resolved(), refs)
-
-    def _refs(self, new: Source | None = None) -> dict[str, InputRef]:
-        """The former inputs, and the vectors and collection of new documents: the last with an id is the one in use."""
-        inputs = self.former.manifest.inputs
-        refs = {name: recorded(self.former, name) for name in inputs}
-        if new is None:
-            return refs
-        named = {kind: ref for kind, ref in inputs_of(new).items() if kind in ("vectors", "collection")}
-        for kind, ref in named.items():
-            names = input_names(inputs, kind)
-            others = [refs.pop(name) for name in names]
-            if kind == self._from or ref.fingerprint not in {other.fingerprint for other in others}:
-                others = [*(other for other in others if other.fingerprint != ref.fingerprint), ref]
-            refs |= numbered(kind, others)
-        return refs
 
     def _finish(self, draft: Draft, segments: list[Index], dead: np.ndarray) -> None:
         """Writes which rows are deleted, and what the manifest says of a generation of segments."""

@@ -165,6 +165,8 @@ def test_mistakes_are_named(tmp_path: Path, build: Build, queries: Vectors, embe
         tune_index(tmp_path / "index", queries=queries, recall=1.5)
     with pytest.raises(ArtifactError, match="2000 documents, the vectors of 500 are in"):
         tune_index(tmp_path / "index", queries=queries, vectors=embed(DOCUMENTS[:500], "cosine", name="few"))
+    with pytest.raises(ArtifactError, match="these are vectors of documents; encode a split with --queries SPLIT"):
+        tune_index(tmp_path / "index", queries=tmp_path / "index-vectors")
     (tmp_path / "index-vectors").rename(tmp_path / "moved")
     with pytest.raises(ArtifactError, match=r"its vectors .* is not at .* any more; .* --vectors"):
         tune_index(tmp_path / "index", queries=queries)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from retrieval_kd.artifact import Artifact
 from retrieval_kd.errors import ArtifactError
+from retrieval_kd.progress import progress
 
 _BATCH_CHARACTERS = 4_000_000
 """What one request of a client may hold; servers refuse larger ones than some 30 MB."""
@@ -46,6 +47,16 @@ class EngineExport(Artifact):
                     size += len(line)
         if batch:
             yield batch
+
+    def load_with(self, send: Callable[[list[Any]], object]) -> int:
+        """The number of lines that ``send`` was given, batch by batch."""
+        loaded = 0
+        with progress("loading", len(self)) as advance:
+            for batch in self.batches():
+                send(batch)
+                loaded += len(batch)
+                advance(len(batch))
+        return loaded
 
 
 def engine_export(path: str | Path, format: str) -> EngineExport:

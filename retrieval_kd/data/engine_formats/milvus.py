@@ -14,7 +14,6 @@ from retrieval_kd.data.engine_formats.fields import ID, TEXT, TITLE, VECTOR
 from retrieval_kd.data.engine_formats.json_rows import maps_json, number_texts
 from retrieval_kd.data.engine_formats.loading import engine_export
 from retrieval_kd.errors import OutputExistsError
-from retrieval_kd.progress import progress
 
 LONGEST = 65_535
 """Bytes of a string."""
@@ -146,12 +145,7 @@ def load_milvus(export: str | Path, client: Any, collection_name: str) -> int:
         names = {"index_name": "indexName", "index_type": "indexType", "metric_type": "metricType"}
         index_params.add_index(index["fieldName"], **{name: index[key] for name, key in names.items()})
     client.create_collection(collection_name, schema=schema, index_params=index_params)
-    loaded = 0
-    with progress("loading", len(source)) as advance:
-        for batch in source.batches():
-            client.insert(collection_name, [_row(row) for row in batch])
-            loaded += len(batch)
-            advance(len(batch))
+    loaded = source.load_with(lambda batch: client.insert(collection_name, [_row(row) for row in batch]))
     client.load_collection(collection_name)
     return loaded
 

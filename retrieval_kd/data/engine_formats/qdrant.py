@@ -16,7 +16,6 @@ from retrieval_kd.data.engine_formats.json_rows import lists_json
 from retrieval_kd.data.engine_formats.loading import engine_export
 from retrieval_kd.data.vectors import Vectors
 from retrieval_kd.errors import OutputExistsError
-from retrieval_kd.progress import progress
 
 _NAMESPACE = uuid.UUID("6f0f6c1e-2d64-5c2f-9d0b-8a4f6b0b6a51")
 _HITS = 10
@@ -110,10 +109,8 @@ def load_qdrant(export: str | Path, client: Any, collection_name: str) -> int:
     client.create_collection(
         collection_name, vectors_config=config.vectors, sparse_vectors_config=config.sparse_vectors
     )
-    loaded = 0
-    with progress("loading", len(source)) as advance:
-        for batch in source.batches():
-            client.upsert(collection_name, points=[models.PointStruct.model_validate(point) for point in batch])
-            loaded += len(batch)
-            advance(len(batch))
-    return loaded
+
+    def send(batch: list[Any]) -> None:
+        client.upsert(collection_name, points=[models.PointStruct.model_validate(point) for point in batch])
+
+    return source.load_with(send)
